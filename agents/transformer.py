@@ -1,0 +1,414 @@
+"""Decoder-only transformer: one forward pass for the Llama, SmolLM2, Qwen2 and Qwen3 families, which differ in data.
+
+RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
+The flax modules are split once into functions of a plain tree of arrays; caches are arguments and results.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rollax.agents.language_model import LanguageModel
+
+NO_KEY = -1e30  # finite, so that a row with no visible key averages instead of dividing zero by zero
+SCAN_FROM = 16  # layers from which a stack is scanned when the configuration does not say
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer contexts: "linear" divides them all, "llama3" only those of few turns.
+
+    Attributes:
+      kind: "linear" or "llama3".
+      factor: by how much the slow frequencies are divided.
+      low_freq_factor, high_freq_factor: turns within `original_length`, below which a frequency is divided in full and
+        above which not at all; linear in between ("llama3" only).
+      original_length: context length of the original training, tokens ("llama3" only).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Static shape of a decoder. All of it is hashable; nothing here can be swept without compiling again.
+
+    Attributes:
+      vocab_size: V.
+      width: D, the size of the residual stream.
+      num_layers: L.
+      num_heads: H, query heads.
+      num_kv_heads: K, key and value heads, a divisor of H; None for H. Query head j reads head j // (H / K).
+      head_dim: d, even; None for D / H.
+      mlp_width: F; None for 8/3 D rounded up to a multiple of 32.
+      norm_eps: added to the mean square in every RMSNorm.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: see `RopeScaling`; None leaves the frequencies alone.
+      rope_divisors: d/2 numbers that divide the frequencies, as GGUF files store llama3 scaling; None for none.
+      qkv_bias, output_bias, mlp_bias: whether those projections have biases.
+      qk_norm: RMSNorm over each query and key head before the rotation (Qwen3).
+      tied_head: the head is the transposed embedding.
+      max_positions: context length the weights were trained for; informative, never enforced.
+      dtype: of the computation. Norms, rotary angles, softmax and logits are float32 at least.
+      param_dtype: of the parameters.
+      scan_layers: True: parameters stacked `[L, ...]` and layers scanned, which compiles in constant time; False: a
+        tuple of layers, unrolled, which runs faster; None: scanned from 16 layers on.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    vocab_size: int
+    width: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_width: int | None = None
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_divisors: tuple[float, ...] | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = True
+    max_positions: int | None = None
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+    scan_layers: bool | None = None
+    remat: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        return -(-8 * self.width // 96) * 32 if self.mlp_width is None else self.mlp_width
+
+    @property
+    def scanned(self) -> bool:
+        return self.num_layers >= SCAN_FROM if self.scan_layers is None else self.scan_layers
+
+
+class Cache(NamedTuple):
+    """Rotated keys and values of the tokens seen so far. `B` batch, `S` slots, `K` key and value heads, `d` head size.
+
+    Attributes:
+      keys, values: a tuple of L arrays `[B, S, K, d]`: one array a layer, so that a step writes its own slots only.
+      positions: int32 `[B, S]`, negative where a slot holds no token.
+      index: int32 `[]`, the first free slot, shared by all rows.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    positions: jax.Array
+    index: jax.Array
+
+
+def check_config(config: TransformerConfig) -> None:
+    """Raises ValueError for a configuration that no model has."""
+    for name in ("vocab_size", "width", "num_layers", "num_heads", "kv_heads", "head_size", "mlp_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.head_dim is None and config.width % config.num_heads:
+        raise ValueError(f"width {config.width} is not a multiple of num_heads {config.num_heads}; set head_dim")
+    if config.head_size % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {config.head_size}")
+    if config.num_heads % config.kv_heads:
+        raise ValueError(f"num_kv_heads {config.kv_heads} does not divide num_heads {config.num_heads}")
+    if config.rope_scaling is not None and config.rope_scaling.kind not in ("linear", "llama3"):
+        raise ValueError(f'rope_scaling.kind must be "linear" or "llama3", got {config.rope_scaling.kind!r}')
+    if config.rope_divisors is not None and len(config.rope_divisors) != config.head_size // 2:
+        raise ValueError(f"rope_divisors needs head_dim / 2 = {config.head_size // 2}, got {len(config.rope_divisors)}")
+
+
+def rope_frequencies(config: TransformerConfig, dtype=np.float32) -> np.ndarray:
+    """Rotary frequencies in radians a position, `[d / 2]`, rounded where the reference models round theirs.
+
+    At position 8191 one unit in the last place of a float32 frequency turns the angle by 5e-4, so the order counts:
+    exponent in `dtype`, the power correctly rounded to `dtype`, then the reciprocal.
+    """
+    exponents = np.arange(0, config.head_size, 2, dtype=dtype) / dtype(config.head_size)
+    frequencies = dtype(1) / (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(dtype)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / dtype(scaling.factor)
+    elif scaling is not None:
+        turns = dtype(scaling.original_length) * frequencies / dtype(2 * np.pi)
+        span = dtype(scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = np.clip((turns - dtype(scaling.low_freq_factor)) / span, 0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / dtype(scaling.factor)
+    if config.rope_divisors is not None:
+        frequencies = frequencies / np.asarray(config.rope_divisors, dtype)
+    return frequencies.astype(dtype)
+
+
+def island(dtype) -> jnp.dtype:
+    """The type in which norms, angles, softmax and logits are computed in a model of type `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rotary_angles(config: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) `[B, T, 1, d / 2]` in the computation's type, of positions `[B, T]`; negative ones count as 0."""
+    dtype = island(config.dtype)
+    frequencies = rope_frequencies(config, np.dtype(dtype).type)
+    angles = jnp.maximum(positions, 0).astype(dtype)[..., None, None] * frequencies
+    return jnp.cos(angles).astype(config.dtype), jnp.sin(angles).astype(config.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates `x` `[B, T, H, d]`; dimension i is paired with i + d / 2."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax attention with grouped heads, keys and values never repeated in memory.
+
+    Args:
+      q: `[B, T, H, d]`; k, v: `[B, S, K, d]`, K a divisor of H.
+      visible: bool `[B, T, S]`.
+    Returns:
+      `[B, T, H, d]`; the mean of v where nothing is visible.
+    """
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, H // K, d)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k) * jnp.asarray(d**-0.5, q.dtype)
+    scores = jnp.where(visible[:, None, None], scores.astype(island(q.dtype)), NO_KEY)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, H, d)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) in float32, back to the computation's type, then times the scale."""
+
+    def __init__(self, size: int, config: TransformerConfig):
+        self.eps = config.norm_eps
+        self.dtype = config.dtype
+        self.scale = nnx.Param(jnp.ones((size,), config.param_dtype))
+
+    def __call__(self, x):
+        wide = x.astype(island(self.dtype))
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(self.dtype) * self.scale[...].astype(self.dtype)
+
+
+def linear(config: TransformerConfig, inputs, outputs, *, bias: bool, std: float, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+    """A linear map between the trailing axes `inputs` and new trailing axes `outputs`; kernel `[*inputs, *outputs]`."""
+    return nnx.LinearGeneral(
+        inputs,
+        outputs,
+        axis=tuple(range(-len(inputs), 0)),
+        use_bias=bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=nnx.initializers.normal(std),
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Causal self-attention of one layer, over its own tokens or over a cache."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        D, H, K, d = config.width, config.num_heads, config.kv_heads, config.head_size
+        out_std = (H * d * 2 * config.num_layers) ** -0.5
+        self.q = linear(config, (D,), (H, d), bias=config.qkv_bias, std=D**-0.5, rngs=rngs)
+        self.k = linear(config, (D,), (K, d), bias=config.qkv_bias, std=D**-0.5, rngs=rngs)
+        self.v = linear(config, (D,), (K, d), bias=config.qkv_bias, std=D**-0.5, rngs=rngs)
+        self.o = linear(config, (H, d), (D,), bias=config.output_bias, std=out_std, rngs=rngs)
+        self.q_norm = RMSNorm(d, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config) if config.qk_norm else None
+
+    def __call__(self, x, cos, sin, visible, cached, index):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cached is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+                for old, new in zip(cached, (k, v), strict=True)
+            )
+            cached = (k, v)
+        return self.o(attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)), cached
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        D, F = config.width, config.mlp_size
+        self.gate = linear(config, (D,), (F,), bias=config.mlp_bias, std=D**-0.5, rngs=rngs)
+        self.up = linear(config, (D,), (F,), bias=config.mlp_bias, std=D**-0.5, rngs=rngs)
+        self.down = linear(config, (F,), (D,), bias=config.mlp_bias, std=(F * 2 * config.num_layers) ** -0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """One pre-norm layer: attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.width, config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x, cos, sin, visible, cached, index):
+        attended, cached = self.attention(self.attention_norm(x), cos, sin, visible, cached, index)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cached
+
+
+def as_functions(build):
+    """Splits the module that `build(rngs)` makes into `init(key) -> tree` and `apply(tree, *args)`."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(params=key)), nnx.Param))
+
+    def apply(tree, *args):
+        return nnx.merge(graph, tree)(*args)
+
+    return init, apply
+
+
+def transformer_axes(config: TransformerConfig) -> dict:
+    """Logical axis names of every parameter, a tree like the parameters (`agents.sharding` gives them a mesh)."""
+    norm = {"scale": ("norm",)}
+
+    def kernel(inputs, outputs, bias):
+        return {"kernel": (*inputs, *outputs)} | ({"bias": outputs} if bias else {})
+
+    layer = {
+        "attention_norm": norm,
+        "attention": {
+            "q": kernel(("embed",), ("heads", "head_dim"), config.qkv_bias),
+            "k": kernel(("embed",), ("kv_heads", "head_dim"), config.qkv_bias),
+            "v": kernel(("embed",), ("kv_heads", "head_dim"), config.qkv_bias),
+            "o": kernel(("heads", "head_dim"), ("embed",), config.output_bias),
+        }
+        | ({"q_norm": norm, "k_norm": norm} if config.qk_norm else {}),
+        "mlp_norm": norm,
+        "mlp": {
+            "gate": kernel(("embed",), ("mlp",), config.mlp_bias),
+            "up": kernel(("embed",), ("mlp",), config.mlp_bias),
+            "down": kernel(("mlp",), ("embed",), config.mlp_bias),
+        },
+    }
+    if config.scanned:
+        layers = jax.tree.map(lambda names: ("layers", *names), layer, is_leaf=lambda x: isinstance(x, tuple))
+    else:
+        layers = (layer,) * config.num_layers
+    head = {} if config.tied_head else {"head": {"kernel": ("embed", "vocab")}}
+    return {"embed": {"embedding": ("vocab", "embed")}, "layers": layers, "norm": norm} | head
+
+
+def transformer(config: TransformerConfig) -> LanguageModel:
+    """The model of a configuration, as functions.
+
+    Parameters are `{"embed": {"embedding": [V, D]}, "layers": ..., "norm": {"scale": [D]}}` and, untied,
+    `{"head": {"kernel": [D, V]}}`; layers a tuple of L trees or, scanned, one tree with leading axis L. One key gives
+    the same numbers in both forms. Fresh linear maps have standard deviation 1/sqrt(inputs), those that write into the
+    residual stream 1/sqrt(2 L) of that.
+
+    Args:
+      config: see `TransformerConfig`.
+    Returns:
+      A `LanguageModel`. `apply` and `hidden` raise ValueError at trace time for tokens and positions that are not the
+      same `[B, T]`, and for a cache of other rows or fewer than T slots. Filling a cache beyond its slots cannot be
+      seen at trace time and is the caller's to avoid.
+    Raises:
+      ValueError: an impossible configuration.
+    """
+    check_config(config)
+    D, V, L = config.width, config.vocab_size, config.num_layers
+    dtype = jnp.dtype(config.dtype)
+    init_layer, layer = as_functions(lambda rngs: Layer(config, rngs))
+    init_norm, norm = as_functions(lambda rngs: RMSNorm(D, config))
+    if config.remat:
+        layer = jax.checkpoint(layer)
+
+    def init(key):
+        embed_key, head_key, layers_key = jax.random.split(key, 3)
+        normal = nnx.initializers.normal(D**-0.5)
+        # One draw a kind for all layers: it compiles once, and both forms of the parameters get the same numbers.
+        layers = jax.vmap(init_layer)(jax.random.split(layers_key, L))
+        if not config.scanned:
+            layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(L))
+        params = {
+            "embed": {"embedding": normal(embed_key, (V, D), config.param_dtype)},
+            "layers": layers,
+            "norm": init_norm(head_key),
+        }
+        if not config.tied_head:
+            params["head"] = {"kernel": normal(head_key, (D, V), config.param_dtype)}
+        return params
+
+    def init_cache(batch, slots, dtype=None):
+        shape = (batch, slots, config.kv_heads, config.head_size)
+        empty = lambda: tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(L))  # noqa: E731
+        return Cache(empty(), empty(), jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+    def hidden(params, tokens, positions, cache=None):
+        if tokens.ndim != 2 or tokens.shape != positions.shape:
+            raise ValueError(
+                f"tokens and positions must be one [B, T], got {tuple(tokens.shape)} and {tuple(positions.shape)}"
+            )
+        T = tokens.shape[1]
+        if cache is None:
+            index, key_positions, slots = None, positions, jnp.arange(T)
+        else:
+            B, S = cache.positions.shape
+            if tokens.shape[0] != B or S < T:
+                raise ValueError(f"cache has {B} rows of {S} slots, tokens are {tuple(tokens.shape)}")
+            index, slots = cache.index, cache.index + jnp.arange(T)
+            new = positions.astype(cache.positions.dtype)
+            key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, new, index, axis=1)
+        # Order is by slot, presence by position: padding may stand anywhere, and positions may jump.
+        causal = jnp.arange(key_positions.shape[1]) <= slots[:, None]
+        visible = causal[None] & (key_positions >= 0)[:, None, :]
+        cos, sin = rotary_angles(config, positions)
+        x = params["embed"]["embedding"].astype(dtype)[tokens]
+        if cache is None and config.scanned:
+            x, _ = jax.lax.scan(lambda x, p: layer(p, x, cos, sin, visible, None, None), x, params["layers"])
+        else:
+            keys, values = [], []
+            for i in range(L):
+                # With a cache even a stacked tree is unrolled: scanned, the whole cache would be copied in every step.
+                p = jax.tree.map(lambda a, i=i: a[i], params["layers"]) if config.scanned else params["layers"][i]
+                cached = None if cache is None else (cache.keys[i], cache.values[i])
+                x, cached = layer(p, x, cos, sin, visible, cached, index)
+                if cached is not None:
+                    keys.append(cached[0])
+                    values.append(cached[1])
+            if cache is not None:
+                cache = Cache(tuple(keys), tuple(values), key_positions, index + T)
+        return norm(params["norm"], x), cache
+
+    def head(params):
+        kernel = params["embed"]["embedding"].T if config.tied_head else params["head"]["kernel"]
+        return kernel.astype(dtype)
+
+    def apply(params, tokens, positions, cache=None):
+        x, cache = hidden(params, tokens, positions, cache)
+        # float32 logits even of a bfloat16 model: a rounded log-probability is noise in every ratio built on it.
+        return jnp.einsum("btd,dv->btv", x, head(params), preferred_element_type=island(dtype)), cache
+
+    return LanguageModel(init, apply, init_cache, hidden, head, transformer_axes(config), V)
