@@ -11,7 +11,11 @@ import jax
 
 
 class Tokens(NamedTuple):
-    """Token ids, right-padded: `ids` int32 `[T]`, of which the first `length` (int32 `[]`) count."""
+    """Token ids, right-padded: `ids` int32 `[T]`, of which the first `length` (int32 `[]`) count.
+
+    In an observation they are what the environment adds to the conversation: the question at reset, its reaction
+    after a turn, nothing (`length` 0) when a single-turn episode has ended.
+    """
 
     ids: jax.Array
     length: jax.Array
@@ -62,6 +66,8 @@ class Environment(NamedTuple):
       spec: a `TokenSpec` or a `ControlSpec`.
       render: `render(state) -> str`, on the host, for people.
       expert: `expert(key, state) -> action`, optimal or scripted, jit- and vmap-able; None where none is known.
+      demonstrate: `demonstrate(key, state) -> action`, a draw from the law that a supervised start imitates where
+        that is not the expert's; else None.
     """
 
     reset: Callable
@@ -69,3 +75,4 @@ class Environment(NamedTuple):
     spec: TokenSpec | ControlSpec
     render: Callable[[Any], str] | None = None
     expert: Callable | None = None
+    demonstrate: Callable | None = None
