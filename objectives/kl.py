@@ -1,0 +1,66 @@
+"""Estimators of the KL divergence to a reference policy from sampled tokens (Schulman's k1, k2, k3).
+
+Used as a loss, the *gradient* counts, not the value: k1's vanishes in expectation, k3's is that of the other direction,
+k2's is right on policy. The "+" forms keep one estimator's value and take k2's gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rollax.objectives.reduction import accurate
+
+KINDS = ("k1", "abs", "k2", "k3", "k1+", "k3+")
+
+
+def kl_estimate(log_prob, ref_log_prob, kind="k3", *, log_ratio_clip=None, value_clip=None):
+    """Estimate KL(policy || reference) per token.
+
+    With d = log_prob - ref_log_prob: "k1" d, "abs" |d|, "k2" d^2 / 2, "k3" e^-d - 1 + d; "k1+" and "k3+" have the value
+    of k1 and k3 and the gradient of k2.
+
+    Args:
+      log_prob, ref_log_prob: of tokens sampled from the policy, nats, `[...]`.
+      kind: one of the above. Libraries' names: "k3" is verl's and Tunix's low_var_kl, "k2" their mse.
+      log_ratio_clip: d is clipped to +- this in k3; None for no clip. verl: 20.
+      value_clip: k3 is clipped to +- this; None for no clip. verl: 10.
+
+    Returns:
+      `[...]`, nats, float32 or wider.
+
+    Raises:
+      ValueError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    d = accurate(log_prob) - accurate(ref_log_prob)
+    if kind == "k1":
+        return d
+    if kind == "abs":
+        return jnp.abs(d)
+    k2 = 0.5 * jnp.square(d)
+    if kind == "k2":
+        return k2
+    if kind == "k1+":
+        value = d
+    else:
+        clipped = d if log_ratio_clip is None else jnp.clip(d, -log_ratio_clip, log_ratio_clip)
+        value = jnp.expm1(-clipped) + clipped
+        if value_clip is not None:
+            value = jnp.clip(value, -value_clip, value_clip)
+        if kind == "k3":
+            return value
+    return jax.lax.stop_gradient(value - k2) + k2
+
+
+def ratio_weighted_kl(log_prob, old_log_prob, ref_log_prob, kind="k3"):
+    """A KL estimate times the ratio new/old, differentiated through both: unbiased off policy too (TRL's default).
+
+    Args:
+      log_prob, old_log_prob, ref_log_prob: nats, `[...]`.
+      kind: as in `kl_estimate`.
+
+    Returns:
+      `[...]`, nats.
+    """
+    log_ratio = accurate(log_prob) - accurate(old_log_prob)
+    return jnp.exp(log_ratio) * kl_estimate(log_prob, ref_log_prob, kind)

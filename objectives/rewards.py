@@ -1,0 +1,59 @@
+"""Shaping, filtering and scoring of episode rewards.
+
+Overlong shaping and dynamic sampling are DAPO's (arXiv 2503.14476); pass@k is the estimator of arXiv 2107.03374.
+"""
+
+import jax.numpy as jnp
+
+from rollax.objectives.advantages import group_is_constant
+
+
+def overlong_penalty(length, max_length, cache, *, floor=-1.0):
+    """Soft penalty for long answers (DAPO, eq. 13): 0, then a slope over the last `cache` tokens down to -1.
+
+    Args:
+      length: tokens, `[...]`.
+      max_length: Lmax, tokens.
+      cache: width of the slope, tokens, positive.
+      floor: the least value. -1 is the paper's and OpenRLHF's; None (verl, Tunix) goes on falling behind Lmax.
+
+    Returns:
+      `[...]`, <= 0, to be added to the reward.
+    """
+    penalty = jnp.minimum((max_length - cache - jnp.asarray(length)) / cache, 0.0)
+    return penalty if floor is None else jnp.maximum(penalty, floor)
+
+
+def dynamic_sampling_mask(score, group_ids, *, num_groups=None):
+    """Which rollouts dynamic sampling keeps (DAPO, eq. 11): those of groups that are not all equal.
+
+    Args:
+      score: the metric that is compared (accuracy, or reward), `[B]`.
+      group_ids, num_groups: as in `grpo_advantages`.
+
+    Returns:
+      bool `[B]`.
+    """
+    return ~group_is_constant(score, group_ids, num_groups=num_groups)
+
+
+def pass_at_k(num_correct, num_samples, k):
+    """Unbiased estimate that at least one of k samples is right: `1 - C(n - c, k) / C(n, k)` (arXiv 2107.03374).
+
+    Args:
+      num_correct: c, int `[...]`.
+      num_samples: n >= k, int `[...]` or scalar.
+      k: static int >= 1.
+
+    Returns:
+      float32 `[...]` (float64 where enabled).
+
+    Raises:
+      ValueError: k < 1, or a concrete scalar num_samples below k.
+    """
+    if k < 1 or (isinstance(num_samples, int) and num_samples < k):
+        raise ValueError(f"k must be in 1..num_samples, got k={k} and num_samples={num_samples}")
+    drawn = jnp.arange(k)
+    wrong = jnp.asarray(num_samples - num_correct)[..., None] - drawn
+    left = jnp.asarray(num_samples)[..., None] - drawn
+    return 1 - jnp.prod(jnp.maximum(wrong, 0) / jnp.maximum(left, 1), axis=-1)
