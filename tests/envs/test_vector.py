@@ -1,0 +1,174 @@
+"""Every engine on any number of devices gives the same trajectories, bit for bit; auto-reset loses nothing."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rollax.envs import ControlSpec, Environment, Step, arithmetic, cartpole, episode_statistics, vectorize
+
+NUM_ENVS, NUM_STEPS = 16, 60
+
+
+def random_policy(params, key, observation):
+    """Pushes at random with the odds `params`; the extras show that the observation arrives."""
+    return jax.random.bernoulli(key, params).astype(jnp.int32), {"angle": observation[2]}
+
+
+def trajectory(environments):
+    state, observation = environments.reset(jax.random.key(7))
+    return environments.unroll(random_policy, NUM_STEPS)(jnp.float32(0.5), state, observation)
+
+
+def raw(tree):
+    def to_bytes(x):
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return x.shape, str(x.dtype), np.asarray(x).tobytes()
+
+    return [to_bytes(x) for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return trajectory(vectorize(cartpole(), NUM_ENVS))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("engine", ["pmap", "shard_map", "auto"])
+def test_engines_agree_bitwise(reference, engine, num_devices):
+    devices = jax.devices()[:num_devices]
+    result = trajectory(vectorize(cartpole(), NUM_ENVS, engine=engine, devices=devices))
+    assert raw(result) == raw(reference)
+    if num_devices > 1:  # and the work really was spread
+        assert len(result[0].env.physics.sharding.device_set) == num_devices
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("engine", ["shard_map", "auto"])
+def test_a_model_parallel_mesh_changes_nothing(reference, engine):
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    assert raw(trajectory(vectorize(cartpole(), NUM_ENVS, engine=engine, mesh=mesh))) == raw(reference)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("engine", ["pmap", "shard_map", "auto"])
+def test_single_steps_agree_bitwise_on_a_token_environment(engine):
+    environment = arithmetic("+-", 2)
+    expert = jax.jit(jax.vmap(environment.expert, in_axes=(None, 0)))
+
+    def play(environments):
+        state, observation = environments.reset(jax.random.key(3))
+        results = [observation]
+        for _ in range(3):
+            action = expert(None, state.env)
+            state, step = environments.step(state, action)
+            results.append((state, step))
+        return results
+
+    split = vectorize(environment, NUM_ENVS, engine=engine, devices=jax.devices()[:4])
+    assert raw(play(split)) == raw(play(vectorize(environment, NUM_ENVS)))
+
+
+def test_environments_do_not_depend_on_how_many_there_are(reference):
+    # Streams come from the global index alone: the first eight of sixteen are the first eight of eight.
+    state, observation = vectorize(cartpole(), 8).reset(jax.random.key(7))
+    start = vectorize(cartpole(), NUM_ENVS).reset(jax.random.key(7))
+    assert raw((state, observation)) == raw(jax.tree.map(lambda x: x[:8], start))
+    assert len({row.tobytes() for row in np.asarray(start[1])}) == NUM_ENVS
+
+
+class CountState(NamedTuple):
+    time: jax.Array
+    stop_at: jax.Array
+
+
+def counter(max_steps=5):
+    """Observes its clock; terminates at a random time unless the limit truncates it; step t pays t."""
+
+    def reset(key):
+        state = CountState(jnp.int32(0), jax.random.randint(key, (), 2, 9))
+        return state, state.time
+
+    def step(key, state, action):
+        del key
+        state = state._replace(time=state.time + 1)
+        terminated = state.time >= state.stop_at
+        truncated = (state.time >= max_steps) & ~terminated
+        return state, Step(state.time, state.time * action, terminated, truncated, {"stop_at": state.stop_at})
+
+    return Environment(reset, step, ControlSpec((), 2, max_steps))
+
+
+@pytest.fixture(scope="module")
+def counted():
+    environments = vectorize(counter(), 64)
+
+    @jax.jit  # the vmap engine inside the user's own jit and scan
+    def run(key):
+        def body(state, _):
+            return environments.step(state, jnp.ones(64))
+
+        state, observation = environments.reset(key)
+        return observation, jax.lax.scan(body, state, None, length=23)
+
+    return run(jax.random.key(0))
+
+
+def test_auto_reset_keeps_the_final_observation_and_the_statistics(counted):
+    observation, (state, steps) = counted
+    steps = jax.tree.map(np.asarray, steps)
+    time, done = np.zeros(64, int), np.asarray(steps.done)
+    assert np.all(np.asarray(observation) == 0)
+    for t in range(23):
+        time += 1
+        np.testing.assert_array_equal(steps.final_observation[t], time)
+        np.testing.assert_array_equal(steps.observation[t], np.where(done[t], 0, time))
+        np.testing.assert_array_equal(steps.episode_length[t], time)
+        np.testing.assert_array_equal(steps.episode_return[t], time * (time + 1) / 2)
+        np.testing.assert_array_equal(steps.terminated[t], time >= steps.info["stop_at"][t])
+        np.testing.assert_array_equal(steps.truncated[t], (time >= 5) & (time < steps.info["stop_at"][t]))
+        time[done[t]] = 0
+    np.testing.assert_array_equal(state.episode_length, time)
+    assert steps.terminated.any() and steps.truncated.any() and not (steps.terminated & steps.truncated).any()
+    # A new episode is a new draw.
+    assert len({tuple(row) for row in steps.info["stop_at"].T}) > 32
+
+
+def test_statistics_average_finished_episodes_only(counted):
+    _, (_, steps) = counted
+    statistics = jax.jit(episode_statistics)(steps)
+    done = np.asarray(steps.done)
+    assert statistics["episodes"] == done.sum()
+    np.testing.assert_allclose(statistics["episode_length"], np.asarray(steps.episode_length)[done].mean(), rtol=1e-6)
+    np.testing.assert_allclose(statistics["episode_return"], np.asarray(steps.episode_return)[done].mean(), rtol=1e-6)
+    nothing = episode_statistics(jax.tree.map(lambda x: x[:1], steps))
+    assert nothing["episodes"] == 0 and np.isnan(nothing["episode_return"]) and np.isnan(nothing["episode_length"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"engine": "gpu"}, "engine must be one of"),
+        ({"engine": "pmap", "num_envs": 9}, "multiple of the 8 devices"),
+        ({"engine": "auto", "num_envs": 9}, "multiple of the 8 devices"),
+        ({"num_envs": 0}, "num_envs must be at least 1"),
+        ({"engine": "vmap", "devices": [None]}, "one device"),
+        ({"engine": "pmap", "devices": []}, "multiple of the 0 devices"),
+    ],
+)
+def test_bad_arguments(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        vectorize(counter(), **{"num_envs": 16} | arguments)
+
+
+def test_bad_meshes():
+    mesh = jax.make_mesh((8,), ("model",))
+    with pytest.raises(ValueError, match="axis must name an axis of the mesh"):
+        vectorize(counter(), 16, engine="auto", mesh=mesh)
+    with pytest.raises(ValueError, match="mesh excludes"):
+        vectorize(counter(), 16, engine="pmap", mesh=mesh)
+    with pytest.raises(ValueError, match="num_steps"):
+        vectorize(counter(), 16).unroll(random_policy, 0)
