@@ -211,6 +211,10 @@ def verify(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Clean a reply and compare it with the accepted spellings.
 
+    The stop token does not belong to the reply, not even what stands before the newline in it: "42" and a token ".\\n"
+    are judged as "42". On the text before the stop token the verdict is that of `envs.questions.is_correct`, except
+    that a right text in unaccepted tokens ("4", "2" for "42") is not recognised.
+
     Args:
       action: ids `[max_action]`.
       answers: `[M, A]`, of which `answer_lengths` `[M]` count.

@@ -9,7 +9,7 @@ from rollax.envs import arithmetic, decode
 from rollax.envs.arithmetic import ArithmeticState, held_out
 from rollax.envs.tokens import PAD, STOP
 
-CONFIGS = [("+", 2, 2), ("+-*", 2, 3), ("-", 1, 4), ("*", 4, 2)]
+CONFIGS = [("+", 2, 2), ("+-*", 2, 3), ("*", 4, 2)]
 
 
 def play(environment, count=400, seed=0):
@@ -28,7 +28,7 @@ def reply_text(environment, action):
 @pytest.mark.parametrize(("operations", "max_digits", "num_terms"), CONFIGS)
 def test_expert_agrees_with_python(operations, max_digits, num_terms):
     environment = arithmetic(operations, max_digits, num_terms)
-    state, observation, action, step = play(environment)
+    _, observation, action, step = play(environment)
     assert np.all(np.asarray(step.reward) == 1) and np.all(np.asarray(step.info["digit_share"]) == 1)
     assert np.all(np.asarray(step.terminated)) and not np.any(np.asarray(step.truncated))
     assert np.all(np.asarray(step.observation.length) == 0)
@@ -91,7 +91,7 @@ def test_levels_follow_their_weights_even_when_traced():
     assert shares[2] == 0 and abs(shares[3] - 2 / 3) < 0.08
     for level, largest in ((1, 9), (3, 999)):
         assert np.asarray(mixed.terms)[np.asarray(mixed.level) == level].max() <= largest
-    assert np.all(np.asarray(play(arithmetic("+", 3), 50)[0].level) == 3)
+    assert int(arithmetic("+", 3).reset(jax.random.key(0))[0].level) == 3
 
 
 @pytest.mark.parametrize("operation", [0, 1, 2])
@@ -101,23 +101,19 @@ def test_split_is_disjoint_balanced_and_blind_to_order(operation):
     out = np.asarray(jax.vmap(held_out)(ArithmeticState(terms, operations, np.full(10_000, 2)))).reshape(100, 100)
     assert abs(out.mean() - 0.2) < 0.02
     assert np.array_equal(out, out.T) == (operation != 1)  # a - b is another exercise than b - a
+    assert 0 < out[:10, :10].sum() < 50  # both sides exist at the smallest level, or drawing would never end
     # No digit, operand or sum is held out as a whole, which a linear hash would do.
     assert out.mean(0).max() < 0.4 and out.mean(0).min() > 0.05
     sums = np.bincount((a + b) % 5, out.ravel()) / 2000
     assert np.abs(sums - 0.2).max() < 0.05
 
 
-@pytest.mark.parametrize(
-    ("operations", "max_digits", "num_terms"), [("+", 1, 2), ("-", 1, 2), ("*", 1, 2), ("+-*", 2, 3)]
-)
-def test_draws_stay_on_their_side(operations, max_digits, num_terms):
-    for split, expected in (("train", False), ("held_out", True)):
-        environment = arithmetic(operations, max_digits, num_terms, split=split)
-        state, _ = jax.jit(jax.vmap(environment.reset))(jax.random.split(jax.random.key(1), 300))
-        assert np.all(np.asarray(jax.vmap(held_out)(state)) == expected)
-    everything = arithmetic(operations, max_digits, num_terms, split="all")
-    state, _ = jax.jit(jax.vmap(everything.reset))(jax.random.split(jax.random.key(1), 300))
-    assert 0 < np.asarray(jax.vmap(held_out)(state)).mean() < 0.5
+@pytest.mark.parametrize("split", ["train", "held_out", "all"])
+def test_draws_stay_on_their_side(split):
+    environment = arithmetic("+-*", 2, 3, split=split)
+    side = jax.jit(jax.vmap(lambda key: held_out(environment.reset(key)[0])))
+    share = np.asarray(side(jax.random.split(jax.random.key(1), 400))).mean()
+    assert {"train": share == 0, "held_out": share == 1, "all": 0.1 < share < 0.3}[split]
 
 
 @pytest.mark.parametrize(

@@ -17,23 +17,9 @@ from rollax.envs import (
     tokenize_bank,
 )
 
-# A toy tokenizer with the traps of real ones: words with a space in front, quotes glued to a full stop, several newlines.
-PIECES = [
-    "<end>",
-    *"0123456789 \"'.,:?\n-+*",
-    " 4",
-    "42",
-    " green",
-    "green",
-    '."',
-    '".',
-    " .",
-    "\n\n",
-    ".\n",
-    "..",
-    '""',
-    "  ",
-]
+# A toy tokenizer with the traps of real ones: words with a space in front, quotes glued to a full stop, newlines.
+PIECES = ["<end>", *"0123456789 \"'.,:?\n-+*", " 4", "42", " green", "green", '."', '".', " .", "\n\n", ".\n"]
+PIECES += ["..", '""', "  "]
 VOCAB = [*PIECES, *"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"]
 KINDS = token_kinds(VOCAB, end_ids=[0])
 
@@ -103,7 +89,7 @@ def test_device_agrees_with_host_on_random_replies():
     reward = np.asarray(step(jax.random.key(0), PromptState(jnp.asarray(rows)), jnp.asarray(actions))[1].reward)
     right = 0
     for row, ids, got in zip(rows, actions, reward, strict=True):
-        ids = ids[: ids.index(end)] if end in ids else ids
+        ids = ids[: next((at for at, i in enumerate(ids) if KINDS.stop[i]), None)]
         text = "".join(VOCAB[i] for i in ids)
         correct = clean_answer(text) == answers[row]
         if correct and not got:
@@ -131,7 +117,7 @@ def test_replies_one_by_one(products):
         ids = encode(text)
         return float(step(jax.random.key(0), PromptState(jnp.int32(0)), jnp.asarray((ids + [0] * 6)[:6]))[1].reward)
 
-    for text in ("42", " 42", '"42"', "42.", '"42".', '"42."', "42\n7", "42 .", " 42.\n", "4 2"[:1] + "2"):
+    for text in ("42", " 42", '"42"', "42.", '"42".', '"42."', "42\n7", "42 .", " 42.\n"):
         assert reward(text) == 1, text
     for text in ("", ".", " ", "421", "142", "42..", "4 2", "\n42", "42 7", "-42", "green", "42,"):
         assert reward(text) == 0, text

@@ -60,7 +60,8 @@ def test_too_few_questions():
 def test_few_shot_prompts():
     shots = [Question("What is 7 * 4?", "28", (4, 7), "7 * 4 ="), Question("What is 2 * 3?", "6", (2, 3), "2 * 3 =")]
     assert few_shot_prompt(shots, "What is 5 * 5?") == (
-        "Question: What is 7 * 4?\nAnswer: 28\n\nQuestion: What is 2 * 3?\nAnswer: 6\n\nQuestion: What is 5 * 5?\nAnswer:"
+        "Question: What is 7 * 4?\nAnswer: 28\n\nQuestion: What is 2 * 3?\nAnswer: 6\n\n"
+        "Question: What is 5 * 5?\nAnswer:"
     )
     assert few_shot_prompt([], "Why?") == "Question: Why?\nAnswer:"
     assert line_prompt(shots, "5 * 5 =") == "7 * 4 = 28\n2 * 3 = 6\n5 * 5 ="
