@@ -1,14 +1,14 @@
 """Advantages: group baselines of RL on language models, and generalised advantage estimation for tokens and control.
 
-Groups are given by `group_ids`, int `[B]` in 0..num_groups-1, in any order and of any sizes; for rewards `[P, G]` flatten
-them and take `group_ids = jnp.repeat(jnp.arange(P), G)`.
+Groups are given by `group_ids`, int `[B]` in 0..num_groups-1, in any order and of any sizes; for rewards `[P, G]`
+flatten them and take `group_ids = jnp.repeat(jnp.arange(P), G)`.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rollax.objectives.reduction import accurate, masked, masked_mean, ratio_or_zero
+from rollax.objectives.arrays import accurate, concrete, masked, ratio_or_zero
+from rollax.objectives.reduction import masked_mean
 
 
 def _group_count(reward, group_ids, num_groups):
@@ -16,10 +16,9 @@ def _group_count(reward, group_ids, num_groups):
     if jnp.ndim(reward) != 1 or jnp.shape(reward) != jnp.shape(group_ids):
         raise ValueError(f"reward and group_ids must be [B], got {jnp.shape(reward)} and {jnp.shape(group_ids)}")
     count = jnp.shape(reward)[0] if num_groups is None else num_groups
-    if not isinstance(group_ids, jax.core.Tracer) and np.size(group_ids):
-        low, high = np.min(group_ids), np.max(group_ids)
-        if low < 0 or high >= count:
-            raise ValueError(f"group_ids must lie in 0..{count - 1}, got {low}..{high}")
+    known = concrete(group_ids)
+    if known is not None and known.size and (known.min() < 0 or known.max() >= count):
+        raise ValueError(f"group_ids must lie in 0..{count - 1}, got {known.min()}..{known.max()}")
     return count
 
 
@@ -113,55 +112,44 @@ def whiten(x, mask, *, shift_mean=True, epsilon=1e-8):
     return white if shift_mean else white + mean
 
 
-def discounted_returns(reward, mask, discount=1.0, *, after_gap="carry"):
-    """`G_t = r_t + discount G_{t+1}` over the tokens of each row, from the right.
+def discounted_returns(reward, mask, discount=1.0):
+    """`G_t = r_t + discount G_{t+1}` over the own tokens of each row.
 
     Args:
-      reward: per token, `[B, T]`.
-      mask: `[B, T]`, bool or 0/1.
+      reward: per token, `[B, T]` (an episode's reward stands on its last own token).
+      mask: `[B, T]`, bool or 0/1. A masked position (a tool's tokens, padding) takes no part: it neither pays nor
+        discounts.
       discount: may be traced.
-      after_gap: what passes a masked position (a tool's tokens) towards the left: "carry" the return, undiscounted, or
-        "reset" it to zero (verl's REINFORCE++, which means the end of the text).
 
     Returns:
-      `[B, T]`.
+      `[B, T]`, 0 outside the mask. As an advantage it is REINFORCE without a baseline.
 
     Raises:
-      ValueError: different shapes or unknown `after_gap`.
+      ValueError: different shapes.
     """
     _check_tokens(reward, mask)
-    if after_gap not in ("carry", "reset"):
-        raise ValueError(f"after_gap must be 'carry' or 'reset', got {after_gap!r}")
     reward = accurate(reward)
 
     def step(later, column):
-        r, kept = column
-        here = r + discount * later
-        return jnp.where(kept, here, later if after_gap == "carry" else 0.0), here
+        r, own = column
+        here = jnp.where(own, r + discount * later, later)
+        return here, here
 
-    if after_gap == "carry":
-        reward = masked(reward, mask)
-    _, returns = jax.lax.scan(step, jnp.zeros_like(reward[:, 0]), (reward.T, jnp.asarray(mask).T != 0), reverse=True)
-    return returns.T
+    zeros = jnp.zeros(reward.shape[0], jnp.result_type(reward, discount))
+    _, returns = jax.lax.scan(step, zeros, (reward.T, jnp.asarray(mask).T != 0), reverse=True)
+    return masked(returns.T, mask)
 
 
-def reinforce_advantages(reward, mask, discount=1.0):
-    """REINFORCE without a baseline: the discounted return at each token, 0 outside the mask.
+def reinforce_plus_plus_advantages(reward, mask, discount=1.0):
+    """REINFORCE++ (arXiv 2501.03262): `discounted_returns`, whitened over the tokens of the batch.
 
     Args:
-      reward: per token, `[B, T]` (an episode's reward stands on its last token).
-      mask: `[B, T]`, bool or 0/1.
-      discount: may be traced.
+      reward, mask, discount: as in `discounted_returns`.
+
+    Returns:
+      `[B, T]`, 0 outside the mask.
     """
-    return masked(discounted_returns(reward, mask, discount), mask)
-
-
-def reinforce_plus_plus_advantages(reward, mask, discount=1.0, *, after_gap="carry"):
-    """REINFORCE++ (arXiv 2501.03262): discounted returns, whitened over the tokens of the batch.
-
-    Arguments as in `discounted_returns`; verl has after_gap "reset". Returns `[B, T]`, 0 outside the mask.
-    """
-    return masked(whiten(discounted_returns(reward, mask, discount, after_gap=after_gap), mask), mask)
+    return masked(whiten(discounted_returns(reward, mask, discount), mask), mask)
 
 
 def reinforce_plus_plus_baseline_advantages(reward, group_ids, mask, *, num_groups=None, singleton="zero"):
@@ -187,8 +175,8 @@ def _check_tokens(*arrays):
 def gae(reward, value, mask, discount=1.0, lam=0.95):
     """Generalised advantage estimation over tokens (arXiv 1506.02438), the value behind the last token being 0.
 
-    `d_t = r_t + discount V_{t+1} - V_t`, `A_t = d_t + discount lam A_{t+1}`. A masked position (a tool's tokens, padding)
-    hands V and A of its right neighbour on unchanged, so that the next own token is the successor (verl, Tunix).
+    `d_t = r_t + discount V_{t+1} - V_t`, `A_t = d_t + discount lam A_{t+1}`. A masked position (a tool's tokens,
+    padding) hands V and A of its right neighbour on unchanged: the next own token is the successor (verl, Tunix).
 
     Args:
       reward, value: per token, `[B, T]`.
@@ -197,8 +185,8 @@ def gae(reward, value, mask, discount=1.0, lam=0.95):
       lam: scalar or `[B]`, one a sequence; may be traced.
 
     Returns:
-      (advantage, return), `[B, T]`, return = advantage + value. At masked positions the advantage is what was handed on.
-      Whitening, where wanted, is `whiten`.
+      (advantage, return), `[B, T]`, return = advantage + value. At masked positions the advantage is what was handed
+      on. Whitening, where wanted, is `whiten`.
 
     Raises:
       ValueError: different shapes.
@@ -240,7 +228,7 @@ def vapo_gae(reward, value, mask, discount=1.0, *, alpha=0.05):
     Returns:
       (advantage, return), `[B, T]`.
     """
-    length = jnp.asarray(mask).astype(jnp.float32).sum(axis=1)
+    length = accurate(mask).sum(axis=1)
     advantage, _ = gae(reward, value, mask, discount, vapo_lambda(length, alpha))
     _, target = gae(reward, value, mask, discount, 1.0)
     return advantage, target
@@ -277,5 +265,6 @@ def gae_time_major(reward, value, next_value, terminated, truncated, discount=0.
         advantage = d + weight * later
         return advantage, advantage
 
-    _, advantage = jax.lax.scan(step, jnp.zeros_like(residual[0]), (residual, goes_on), reverse=True)
+    zeros = jnp.zeros(residual.shape[1:], jnp.result_type(residual, goes_on))
+    _, advantage = jax.lax.scan(step, zeros, (residual, goes_on), reverse=True)
     return advantage, advantage + value

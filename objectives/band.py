@@ -4,12 +4,15 @@ The divergence over the whole vocabulary is smallest when all other tokens are s
 found on two outcomes, the token against the rest: `p f(r) + (1 - p) f((1 - r p) / (1 - p)) = delta`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rollax.objectives.arrays import concrete, promoted
 
 
 class Divergence(NamedTuple):
@@ -41,16 +44,9 @@ def _log_limit(dtype):
     return 80.0 if jnp.finfo(dtype).bits <= 32 else 700.0
 
 
-def _accurate(*arrays):
-    """Arrays in their common type, float32 at least: bounds within 1e-6 of one would drown in half precision."""
-    arrays = [jnp.asarray(x) for x in arrays]
-    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-    return tuple(x.astype(dtype) for x in arrays)
-
-
 def _outcome(log_prob):
     limit = _log_limit(log_prob.dtype)
-    log_p = jnp.clip(log_prob, -limit, -np.exp(-limit))
+    log_p = jnp.clip(log_prob, -limit, -math.exp(-limit))
     p, q = jnp.exp(log_p), -jnp.expm1(log_p)
     log_q = jnp.where(p < 0.5, jnp.log1p(-p), jnp.log(q))
     return Outcome(p, log_p, q, log_q)
@@ -209,13 +205,15 @@ def _divergence(name):
 
 
 def _check_log_prob(name, log_prob):
-    """A concrete log-probability above zero (beyond rounding) is a sign mistake or an unnormalised logit."""
-    if not isinstance(log_prob, jax.core.Tracer) and np.size(log_prob) and np.max(log_prob) > 1e-6:
-        raise ValueError(f"{name} must be log-probabilities (<= 0), got a maximum of {np.max(log_prob)}")
+    """A log-probability above zero (beyond rounding) is a sign mistake or an unnormalised logit."""
+    known = concrete(log_prob)
+    if known is not None and known.size and known.max() > 1e-6:
+        raise ValueError(f"{name} must be log-probabilities (<= 0), got a maximum of {known.max()}")
 
 
 def _check_delta(delta):
-    if not isinstance(delta, jax.core.Tracer) and np.any(np.asarray(delta) < 0):
+    known = concrete(delta)
+    if known is not None and np.any(known < 0):
         raise ValueError(f"delta must not be negative, got {delta}")
 
 
@@ -246,7 +244,7 @@ def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_s
     _check_log_prob("log_prob", log_prob)
     _check_delta(delta)
     entry = _divergence(divergence)
-    log_prob, delta = jax.lax.stop_gradient(_accurate(log_prob, delta))
+    log_prob, delta = jax.lax.stop_gradient(promoted(log_prob, delta))
     outcome = _outcome(log_prob)
     radius = jnp.where(delta > 0, delta, 1.0)  # Newton divides by zero at the root r = 1
 
@@ -298,5 +296,5 @@ def binary_divergence(old_log_prob, new_log_prob, divergence="kl"):
     _check_log_prob("old_log_prob", old_log_prob)
     _check_log_prob("new_log_prob", new_log_prob)
     f = _divergence(divergence).f
-    old, new = (_outcome(x) for x in _accurate(old_log_prob, new_log_prob))
+    old, new = (_outcome(x) for x in promoted(old_log_prob, new_log_prob))
     return _two_outcomes(f, old, new.log_p - old.log_p, new.q)

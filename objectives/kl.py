@@ -7,7 +7,7 @@ k2's is right on policy. The "+" forms keep one estimator's value and take k2's 
 import jax
 import jax.numpy as jnp
 
-from rollax.objectives.reduction import accurate
+from rollax.objectives.arrays import accurate
 
 KINDS = ("k1", "abs", "k2", "k3", "k1+", "k3+")
 

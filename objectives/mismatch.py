@@ -7,7 +7,8 @@ and multiply the loss per token *after* clipping. Where the old policy is the sa
 import jax
 import jax.numpy as jnp
 
-from rollax.objectives.reduction import accurate, masked, masked_mean, per_token, ratio_or_zero
+from rollax.objectives.arrays import accurate, masked, per_token, ratio_or_zero
+from rollax.objectives.reduction import masked_mean
 from rollax.objectives.surrogates import LOG_RATIO_LIMIT, sequence_log_ratio
 
 

@@ -7,7 +7,7 @@ All of them see an answer only through S, the sum over its tokens of `log_prob -
 import jax
 import jax.numpy as jnp
 
-from rollax.objectives.reduction import accurate
+from rollax.objectives.arrays import accurate
 
 
 def dpo_loss(chosen, rejected, beta=0.1, *, label_smoothing=0.0):

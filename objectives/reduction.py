@@ -6,26 +6,9 @@ another mode is another objective. A denominator of the global batch makes the p
 
 import jax.numpy as jnp
 
+from rollax.objectives.arrays import accurate, masked, ratio_or_zero
+
 MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
-
-
-def accurate(x):
-    """At least float32: a sum over half-precision numbers loses them."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def masked(x, mask):
-    """`x * mask`, zero where the mask is, whatever `x` is there (NaN included)."""
-    mask = jnp.asarray(mask)
-    x = accurate(x)
-    return jnp.where(mask != 0, x, 0.0) * mask.astype(x.dtype)
-
-
-def ratio_or_zero(total, count):
-    """`total / count`, 0 with a zero gradient where nothing was counted."""
-    counted = count > 0
-    return jnp.where(counted, total / jnp.where(counted, count, 1), 0.0)
 
 
 def masked_mean(x, mask, axis=None):
@@ -39,19 +22,6 @@ def masked_mean(x, mask, axis=None):
     mask = jnp.broadcast_to(jnp.asarray(mask), jnp.shape(x))
     kept = masked(x, mask)
     return ratio_or_zero(kept.sum(axis), mask.astype(kept.dtype).sum(axis))
-
-
-def per_token(x, like, name="advantage"):
-    """`x` with trailing axes of length one, so that its leading axes meet those of `like`: `[B]` serves `[B, T]`.
-
-    Raises:
-      ValueError: the shapes do not broadcast that way.
-    """
-    x, shape = jnp.asarray(x), jnp.shape(like)
-    fits = x.ndim <= len(shape) and all(a in (1, b) for a, b in zip(x.shape, shape, strict=False))
-    if not fits:
-        raise ValueError(f"{name} must broadcast along the leading axes of {shape}, got {x.shape}")
-    return x.reshape(x.shape + (1,) * (len(shape) - x.ndim))
 
 
 def _mode(mode):
@@ -70,8 +40,8 @@ def denominator(mask, mode, *, max_length=None):
       max_length: only for "seq_mean_token_sum_norm", the constant length; None for T.
 
     Returns:
-      float `[]`: the tokens ("token_mean"), the rows that hold a token ("seq_mean_token_mean", "seq_mean_token_sum"), or
-      those rows times the constant length ("seq_mean_token_sum_norm").
+      float `[]`: the tokens ("token_mean"), the rows that hold a token ("seq_mean_token_mean", "seq_mean_token_sum"),
+      or those rows times the constant length ("seq_mean_token_sum_norm").
     """
     mode = _mode(mode)
     mask = accurate(mask)
@@ -96,9 +66,9 @@ def aggregate(loss, mask, mode, *, norm=None):
     | seq_mean_token_sum_norm (Dr. GRPO) | sum m l | rows holding a token x T |
 
     `norm` is in every mode the *whole* denominator, so that `sum(aggregate(part, ..., norm=denominator(all)))` equals
-    `aggregate(all)` however a batch is split into rows. The defaults are those of verl 0.9 (whose hyphenated names are
-    understood too). TRL also counts empty rows: `norm=B`, or `B * max_length` for its "dr_grpo". verl before 0.9 divided
-    seq_mean_token_sum_norm by the width alone: `norm=T`.
+    `aggregate(all)` however a batch is split into parts by rows. The defaults are those of verl 0.9 (whose hyphenated
+    names are understood too). TRL counts empty rows as well: `norm=B`, or `B * max_length` for its "dr_grpo". Older
+    verl divided seq_mean_token_sum_norm by the width alone: `norm=T`.
 
     Args:
       loss: `[B, T]`; whatever stands where the mask is zero is ignored.

@@ -6,9 +6,11 @@ here. Losses are to be minimised and come out per token, `[B, T]`; `reduction.ag
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rollax.objectives.arrays import accurate, check_same_shape, concrete, masked, per_token
 from rollax.objectives.band import binary_divergence
-from rollax.objectives.reduction import accurate, masked, masked_mean, per_token
+from rollax.objectives.reduction import masked_mean
 
 LOG_RATIO_LIMIT = 20.0  # e^20 is still a float16-free, finite ratio; beyond it the exponential only overflows
 
@@ -20,12 +22,6 @@ def _clip(x, lower, upper):
 
 def _ratio(log_ratio):
     return jnp.exp(_clip(accurate(log_ratio), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-
-
-def _check_same_shape(**arrays):
-    shapes = {name: jnp.shape(x) for name, x in arrays.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{', '.join(shapes)} must have one shape, got {list(shapes.values())}")
 
 
 def sequence_log_ratio(log_ratio, mask, mode="mean"):
@@ -43,7 +39,7 @@ def sequence_log_ratio(log_ratio, mask, mode="mean"):
     Raises:
       ValueError: unknown mode or different shapes.
     """
-    _check_same_shape(log_ratio=log_ratio, mask=mask)
+    check_same_shape(log_ratio=log_ratio, mask=mask)
     if mode == "mean":
         return masked_mean(log_ratio, mask, axis=-1)[:, None]
     if mode == "sum":
@@ -109,7 +105,7 @@ def clipped_surrogate(log_ratio, advantage, lower, upper, *, dual_clip=None, rat
     loss = jnp.maximum(-advantage * ratio, clipped)
     if dual_clip is None:
         return loss
-    if not isinstance(dual_clip, jax.core.Tracer) and not dual_clip > 1:
+    if (c := concrete(dual_clip)) is not None and not np.all(c > 1):
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
     return jnp.where(advantage < 0, jnp.minimum(loss, -advantage * dual_clip), loss)
 
@@ -128,13 +124,13 @@ def clip_metrics(log_ratio, old_log_prob, lower, upper, advantage, mask, bins=(0
       dual_clip: as in `clipped_surrogate`.
 
     Returns:
-      dict of float arrays, gradients stopped. `[]`: "clip_fraction" (= `_up` + `_down`), "clip_fraction_up" (A > 0 above
-      the interval), "clip_fraction_down" (A < 0 below), "outside_fraction", "outside_fraction_up",
-      "outside_fraction_down", "dual_clip_fraction", "ppo_kl" (mean of -log ratio, k1 of old || new), "ratio_mean",
-      "ratio_max" (over masked tokens). `[K + 1]`: "clip_count_by_prob", "outside_up_count_by_prob",
-      "outside_down_count_by_prob", "token_count_by_prob".
+      dict of float arrays, gradients stopped.
+      `[]`: "clip_fraction" = "clip_fraction_up" (A > 0, above the interval) + "clip_fraction_down" (A < 0, below);
+      "outside_fraction" = "outside_fraction_up" + "outside_fraction_down"; "dual_clip_fraction"; "ppo_kl" (mean of
+      -log ratio: k1 of old || new, nats); "ratio_mean"; "ratio_max".
+      `[K + 1]`: "clip_count_by_prob", "outside_up_count_by_prob", "outside_down_count_by_prob", "token_count_by_prob".
     """
-    _check_same_shape(log_ratio=log_ratio, old_log_prob=old_log_prob, mask=mask)
+    check_same_shape(log_ratio=log_ratio, old_log_prob=old_log_prob, mask=mask)
     log_ratio, old_log_prob = jax.lax.stop_gradient((accurate(log_ratio), accurate(old_log_prob)))
     log_ratio = _clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
@@ -185,7 +181,7 @@ def dppo_mask(log_prob, old_log_prob, advantage, delta, divergence="kl"):
     Returns:
       bool `[B, T]`, True to keep.
     """
-    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
     log_prob, old_log_prob = jax.lax.stop_gradient((accurate(log_prob), accurate(old_log_prob)))
     advantage = per_token(advantage, log_prob)
     leaving = jnp.where(advantage > 0, log_prob > old_log_prob, log_prob < old_log_prob)
@@ -206,7 +202,7 @@ def masked_surrogate(log_prob, old_log_prob, advantage, keep_mask, *, ratio_cap=
     Returns:
       loss `[B, T]`.
     """
-    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, keep_mask=keep_mask)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, keep_mask=keep_mask)
     log_prob = accurate(log_prob)
     weight = jax.lax.stop_gradient(jnp.minimum(_ratio(log_prob - old_log_prob), ratio_cap))
     return -weight * per_token(advantage, log_prob) * masked(log_prob, keep_mask)
@@ -232,7 +228,7 @@ def cispo_surrogate(log_prob, old_log_prob, advantage, *, epsilon_high, epsilon_
     Returns:
       loss `[B, T]`.
     """
-    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
     if epsilon_high_is not in ("offset", "bound"):
         raise ValueError(f"epsilon_high_is must be 'offset' or 'bound', got {epsilon_high_is!r}")
     log_prob = accurate(log_prob)
@@ -260,7 +256,7 @@ def gspo_surrogate(
     Returns:
       loss `[B, T]`, constant over a sequence unless the advantages vary. GSPO reduces it by seq_mean_token_mean.
     """
-    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
     log_prob = accurate(log_prob)
     log_ratio = sequence_log_ratio(log_prob - old_log_prob, mask)
     if form == "token":
@@ -283,9 +279,9 @@ def gmpo_surrogate(log_prob, old_log_prob, advantage, mask, *, clip_low=0.4, cli
       clip_low, clip_high: log-ratios are clipped to `[-clip_low, clip_high]`, may be traced.
 
     Returns:
-      loss `[B, T]`, constant over a sequence: `-s_i A_i`. Reduce it by seq_mean_token_mean (verl's mean over sequences).
+      loss `[B, T]`, constant over a sequence: `-s_i A_i`. Reduce it by seq_mean_token_mean.
     """
-    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
     log_ratio = accurate(log_prob) - old_log_prob
     advantage = per_token(advantage, log_ratio)
     if advantage.shape[1:] not in ((), (1,)):
@@ -331,7 +327,7 @@ def vespo_surrogate(
     Returns:
       loss `[B, T]`.
     """
-    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
     log_prob = accurate(log_prob)
     advantage = per_token(advantage, log_prob)
     log_w = _clip(sequence_log_ratio(log_prob - old_log_prob, mask, "sum"), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
