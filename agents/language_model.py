@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.linear_log_prob import linear_log_prob
+
 
 class LanguageModel(NamedTuple):
     """Functions of one model. Alphabet: `B` batch, `T` tokens, `S` cache slots, `D` width, `V` vocabulary.
@@ -41,3 +43,43 @@ class LanguageModel(NamedTuple):
 def repeat_rows(cache: Any, times: int) -> Any:
     """Each row of a cache `times` times in a row, `[B, ...] -> [B * times, ...]`: one prompt, many samples."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, cache)
+
+
+def token_log_probs(
+    model: LanguageModel,
+    params: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    targets: jax.Array,
+    cache: Any = None,
+    *,
+    temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs of given next tokens, with gradients and without logits `[B, T, V]` where the model has a linear head.
+
+    Args:
+      tokens, positions: int32 `[B, T]`, as for `model.apply`; negative positions are padding.
+      targets: int32 `[B, T]`, the token that follows each of `tokens`. Values at padding mean nothing: mask them.
+      cache: what the tokens continue, such as a prompt's cache after `repeat_rows`; gradients flow into it. Its update
+        is dropped.
+      temperature: divides the logits; may be traced.
+      chunk: tokens whose logits exist at one time, see `rollax.kernels.linear_log_prob`.
+    Returns:
+      (log_prob, entropy of the distribution), float32 `[B, T]`, nats.
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    if targets.shape != tokens.shape:
+        raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
+    if model.hidden is not None:
+        hidden, _ = model.hidden(params, tokens, positions, cache)
+        return linear_log_prob(hidden, model.head(params), targets, temperature=temperature, chunk=chunk)
+    logits, _ = model.apply(params, tokens, positions, cache)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature)
+    ids = jnp.clip(targets, 0, model.vocab_size - 1)[..., None]
+    # A table may hold -inf for tokens that never come; 0 * -inf is 0 here, and so is its gradient.
+    possible = log_probs > -jnp.inf
+    safe = jnp.where(possible, log_probs, 0.0)
+    entropy = -jnp.sum(jnp.where(possible, jnp.exp(safe) * safe, 0.0), axis=-1)
+    return jnp.take_along_axis(log_probs, ids, axis=-1)[..., 0], entropy
