@@ -104,8 +104,8 @@ def arithmetic(
 
         def draw_exercise(key):
             term_key, operation_key = jax.random.split(key)
-            terms = jax.random.randint(term_key, (num_terms,), 0, 10**level)
-            chosen = jax.random.randint(operation_key, (num_terms - 1,), 0, len(operations))
+            terms = jax.random.randint(term_key, (num_terms,), 0, 10**level, jnp.int32)
+            chosen = jax.random.randint(operation_key, (num_terms - 1,), 0, len(operations), jnp.int32)
             return ArithmeticState(terms, codes[chosen], level.astype(jnp.int32))
 
         return draw_from_split(key, draw_exercise, held_out, split)

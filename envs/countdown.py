@@ -118,7 +118,7 @@ def countdown(
         number_key, solution_key = jax.random.split(key)
 
         def draw_numbers(key):
-            return jax.random.randint(key, (num_numbers,), 1, max_number + 1)
+            return jax.random.randint(key, (num_numbers,), 1, max_number + 1, jnp.int32)
 
         numbers = draw_from_split(number_key, draw_numbers, is_held_out, split)
         target, solution = _make_solution(solution_key, numbers, digits, max_target, max_action - 1)

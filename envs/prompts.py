@@ -171,7 +171,7 @@ def prompt_bank(
     device_kinds = TokenKinds(*map(jnp.asarray, kinds))
 
     def draw(key):
-        return PromptState(jax.random.randint(key, (), 0, num_prompts))
+        return PromptState(jax.random.randint(key, (), 0, num_prompts, jnp.int32))
 
     def prompt(state):
         return Tokens(device_bank.prompts[state.row], device_bank.lengths[state.row])

@@ -61,7 +61,7 @@ def sorting(num_digits: int = 6, *, split: str = "train") -> Environment:
 
     def draw(key):
         def draw_digits(key):
-            return SortingState(jax.random.randint(key, (num_digits,), 0, 10))
+            return SortingState(jax.random.randint(key, (num_digits,), 0, 10, jnp.int32))
 
         return draw_from_split(key, draw_digits, held_out, split)
 

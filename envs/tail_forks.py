@@ -71,7 +71,7 @@ def tail_forks(
     )
 
     def draw(key):
-        return TailForksState(jax.random.randint(key, (), 0, num_prompts))
+        return TailForksState(jax.random.randint(key, (), 0, num_prompts, jnp.int32))
 
     def prompt(state):
         return Tokens((vocab_size + state.prompt)[None], jnp.int32(1))

@@ -111,7 +111,8 @@ def vectorize(
       num_envs: N, a multiple of the number of devices.
       engine: "vmap" (one device; free to use inside jit, scan, vmap or another mesh), "pmap" (the classic form; steps
         and unrolls from Python), "shard_map" (manual over every axis of the mesh, replicated over all but `axis`) or
-        "auto" (jit with NamedSharding). The last two also work inside jit.
+        "auto" (jit with NamedSharding; the policy's parameters keep the sharding they come with). The last two also
+        work inside jit and scan.
       devices: the devices to spread over (default: all); not with "vmap" or `mesh`.
       mesh: instead of devices, a mesh that may have other axes too, for "shard_map" and "auto".
       axis: the mesh axis that carries environments.
@@ -130,8 +131,8 @@ def vectorize(
         raise ValueError(f'mesh excludes devices and engine="pmap", got devices={devices} and engine={engine!r}')
 
     split = _distribute(num_envs, engine, devices, mesh, axis)
-    reset_rows = split(_reset_rows(environment), shared=1, out_axes=(0, 0))
-    step = split(_step_rows(environment), shared=0, out_axes=(0, 0))
+    reset_rows = split(_reset_rows(environment), in_axes=(None, 0), out_axes=(0, 0))
+    step = split(_step_rows(environment), in_axes=(0, 0), out_axes=(0, 0))
 
     def reset(key):
         return reset_rows(key, jnp.arange(num_envs))
@@ -139,7 +140,7 @@ def vectorize(
     def unroll(policy, num_steps):
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        return split(_unroll_rows(environment, policy, num_steps), shared=1, out_axes=(0, 0, 1))
+        return split(_unroll_rows(environment, policy, num_steps), in_axes=(None, 0, 0), out_axes=(0, 0, 1))
 
     return VectorEnvironment(reset, step, unroll, environment, num_envs)
 
@@ -220,9 +221,9 @@ def _unroll_rows(environment, policy, num_steps):
 
 
 def _distribute(num_envs, engine, devices, mesh, axis):
-    """`split(function, shared, out_axes)`: the first `shared` arguments go whole, all else is split over N."""
+    """`split(function, in_axes, out_axes)`: None marks an argument every device has whole, a number its axis of N."""
     if engine == "vmap":
-        return lambda function, shared, out_axes: jax.jit(function)
+        return lambda function, in_axes, out_axes: jax.jit(function)
 
     if mesh is None:
         devices = list(jax.devices() if devices is None else devices)
@@ -236,50 +237,46 @@ def _distribute(num_envs, engine, devices, mesh, axis):
     if num_devices < 1 or num_envs % num_devices:
         raise ValueError(f"num_envs must be a multiple of the {num_devices} devices, got {num_envs}")
 
-    def spec(array_axis):
-        return PartitionSpec(*(None,) * array_axis, axis)
+    def specs(axes):
+        return tuple(PartitionSpec() if at is None else PartitionSpec(*(None,) * at, axis) for at in axes)
 
-    def split_pmap(function, shared, out_axes):
-        def fold(x):
-            return x.reshape(num_devices, num_envs // num_devices, *x.shape[1:])
+    def split_pmap(function, in_axes, out_axes):
+        compiled = jax.pmap(function, axis_name=axis, in_axes=in_axes, out_axes=out_axes, devices=devices)
+
+        def fold(x, at):
+            return x.reshape(*x.shape[:at], num_devices, num_envs // num_devices, *x.shape[at + 1 :])
 
         def unfold(x, at):
             return x.reshape(*x.shape[:at], num_envs, *x.shape[at + 2 :])
 
-        compiled = None
-
         def run(*args):
-            nonlocal compiled
-            if compiled is None:
-                in_axes = (None,) * shared + (0,) * (len(args) - shared)
-                compiled = jax.pmap(function, axis_name=axis, in_axes=in_axes, out_axes=out_axes, devices=devices)
-            results = compiled(*args[:shared], *(jax.tree.map(fold, x) for x in args[shared:]))
-            return tuple(
-                jax.tree.map(lambda x, at=at: unfold(x, at), result)
-                for result, at in zip(results, out_axes, strict=True)
-            )
+            return _map_split(unfold, out_axes, compiled(*_map_split(fold, in_axes, args)))
 
         return run
 
-    def split_mesh(function, shared, out_axes):
-        out_specs = tuple(spec(at) for at in out_axes)
+    def split_shard_map(function, in_axes, out_axes):
+        in_specs, out_specs = specs(in_axes), specs(out_axes)
+        # Environments may start a scan's carry from constants, which the check of varying axes would refuse.
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        compiled = jax.jit(mapped)
+        shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
+        return lambda *args: compiled(*(jax.device_put(x, at) for x, at in zip(args, shardings, strict=True)))
 
-        def place(args):
-            return tuple(
-                jax.device_put(x, NamedSharding(mesh, PartitionSpec() if i < shared else spec(0)))
-                for i, x in enumerate(args)
-            )
+    def split_auto(function, in_axes, out_axes):
+        compiled = jax.jit(function, out_shardings=tuple(NamedSharding(mesh, spec) for spec in specs(out_axes)))
 
-        if engine == "auto":
-            compiled = jax.jit(function, out_shardings=tuple(NamedSharding(mesh, s) for s in out_specs))
-            return lambda *args: compiled(*place(args))
+        def place(x, at):
+            return jax.device_put(x, NamedSharding(mesh, *specs((at,))))
 
-        @jax.jit
-        def compiled(*args):
-            in_specs = tuple(PartitionSpec() if i < shared else spec(0) for i in range(len(args)))
-            # The scan's carry starts from replicated constants inside some environments: no varying-axes check.
-            return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+        # What is not split (the parameters) keeps the sharding it comes with, model-parallel ones included.
+        return lambda *args: compiled(*_map_split(place, in_axes, args))
 
-        return lambda *args: compiled(*place(args))
+    return {"pmap": split_pmap, "shard_map": split_shard_map, "auto": split_auto}[engine]
 
-    return split_pmap if engine == "pmap" else split_mesh
+
+def _map_split(function, axes, values):
+    """`function(leaf, axis)` over the leaves of each value that is split; the others as they are."""
+    return tuple(
+        value if at is None else jax.tree.map(lambda x, at=at: function(x, at), value)
+        for value, at in zip(values, axes, strict=True)
+    )

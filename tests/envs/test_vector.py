@@ -72,6 +72,27 @@ def test_single_steps_agree_bitwise_on_a_token_environment(engine):
     assert raw(play(split)) == raw(play(vectorize(environment, NUM_ENVS)))
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("engine", ["shard_map", "auto"])
+def test_mesh_engines_work_inside_jit_and_scan(reference, engine):
+    @jax.jit
+    def run(key):
+        state, observation = environments.reset(key)
+
+        def body(carry, _):
+            state, observation = carry
+            # The same use of the streams as in unroll, so that the trajectory must be the reference's.
+            stream, key = jax.vmap(jax.random.split, out_axes=1)(state.key)
+            action, _ = jax.vmap(random_policy, in_axes=(None, 0, 0))(jnp.float32(0.5), key, observation)
+            state, step = environments.step(state._replace(key=stream), action)
+            return (state, step.observation), step
+
+        return jax.lax.scan(body, (state, observation), None, length=NUM_STEPS)[1]
+
+    environments = vectorize(cartpole(), NUM_ENVS, engine=engine)
+    assert raw(run(jax.random.key(7))) == raw(reference[2].step)
+
+
 def test_environments_do_not_depend_on_how_many_there_are(reference):
     # Streams come from the global index alone: the first eight of sixteen are the first eight of eight.
     state, observation = vectorize(cartpole(), 8).reset(jax.random.key(7))
