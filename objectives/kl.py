@@ -36,7 +36,7 @@ def kl_estimate(log_prob, ref_log_prob, kind="k3", *, log_ratio_clip=None, value
     if kind == "k1":
         return d
     if kind == "abs":
-        return jnp.abs(d)
+        return d * jnp.sign(d)  # a gradient of 0 at d = 0, where that of `abs` is 1
     k2 = 0.5 * jnp.square(d)
     if kind == "k2":
         return k2

@@ -65,8 +65,8 @@ def test_bounds_of_the_released_operator(name):
             if parts[2] == "relax":
                 lower, upper = ob.relax_bounds(lower, upper, 0.2, 0.28)
     actual, expected = np.asarray({"lower": lower, "upper": upper}[parts[-1]]), GOLDEN[name]
-    atol = 2e-6 if dtype == "float64" else 5e-6  # the released bisection's own error
-    np.testing.assert_allclose(actual[~at_limit], expected[~at_limit], rtol=0, atol=atol)
+    rtol = 0 if dtype == "float64" else 1e-6  # rounding of the released float32 at 10, beside its bisection's 2e-6
+    np.testing.assert_allclose(actual[~at_limit], expected[~at_limit], rtol=rtol, atol=2e-6)
     np.testing.assert_allclose(actual[at_limit], expected[at_limit], rtol=0, atol=2e-5)
 
 
@@ -201,7 +201,7 @@ def soft_and_masked(c):
         keep = ob.dppo_mask(c.new_logp, c.old_logp, c.advantage, 0.05, divergence)
         c.token_mean(name, lambda new, keep=keep: ob.masked_surrogate(new, c.old_logp, c.advantage, keep))
         c.out[f"{name}__pg_clipfrac"] = ob.masked_mean(~keep, c.mask)
-        c.out[f"{name}__pg_clipfrac_lower"] = ob.masked_mean(~keep & (c.advantage < 0)[:, None], c.mask)
+        c.out[f"{name}__pg_clipfrac_lower"] = ob.masked_mean(log_ratio > np.log(20.0), c.mask)  # truncated ratios
     c.token_mean("verl_gpg_tokenmean", lambda new: ob.policy_gradient(new, c.advantage))
     rloo = ob.rloo_advantages(c.reward, c.group_id)
     c.token_mean("reinforce_rloo_tokenmean", lambda new: ob.policy_gradient(new, rloo))
