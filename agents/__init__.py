@@ -1,0 +1,31 @@
+"""Models and how they act: language models, pretrained weights, generation, rollouts."""
+
+from rollax.agents.generation import Generation, Sampling, generate
+from rollax.agents.language_model import LanguageModel, repeat_rows
+from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
+from rollax.agents.rollout import Trajectory, demonstrate, rollout, score
+from rollax.agents.sharding import batch_sharding, make_mesh, named_shardings, state_shardings
+from rollax.agents.tabular import tabular
+from rollax.agents.transformer import TransformerConfig, transformer
+
+__all__ = [
+    "Generation",
+    "LanguageModel",
+    "Pretrained",
+    "Sampling",
+    "Trajectory",
+    "TransformerConfig",
+    "batch_sharding",
+    "demonstrate",
+    "generate",
+    "load_pretrained",
+    "make_mesh",
+    "named_shardings",
+    "repeat_rows",
+    "rollout",
+    "save_pretrained",
+    "score",
+    "state_shardings",
+    "tabular",
+    "transformer",
+]

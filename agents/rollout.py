@@ -4,6 +4,7 @@ Tokens in, tokens out: an episode is ids, positions and masks; nothing is decode
 samples, `score` gives the log-probs of the same tokens with gradients; that the two agree is a test.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -142,6 +143,38 @@ def rollout(
     }
     ended = {name: columns[name].any(axis=1) for name in ("terminated", "truncated")}
     return Trajectory(**flat, **ended, info=columns["info"])
+
+
+def demonstrate(key: jax.Array, env, act: Callable, num_episodes: int) -> Trajectory:
+    """Episodes of one turn by a script, in the form that `rollout` returns: what a supervised loss is computed on.
+
+    Args:
+      env: as in `rollout`; it is reset, never stepped, so rewards are 0 and info is empty.
+      act: `act(key, state) -> ids [A]`, for example `env.expert`.
+    """
+    spec = env.spec
+    keys = jax.vmap(jax.random.split)(jax.random.split(key, num_episodes))
+    state, observation = jax.vmap(env.reset)(keys[:, 0])
+    action = jax.vmap(act)(keys[:, 1], state)
+    stops = jnp.isin(action, jnp.asarray(spec.stop_ids, jnp.int32))
+    own = jnp.cumsum(stops, axis=1) - stops == 0  # up to the first stop token and with it
+    positions = padded_positions(observation.length, spec.max_observation)
+    positions = jnp.concatenate(
+        [positions, padded_positions(own.sum(axis=1), spec.max_action, observation.length)], axis=1
+    )
+    blank = jnp.zeros(positions.shape, jnp.float32)
+    return Trajectory(
+        tokens=jnp.concatenate([observation.ids, action], axis=1),
+        positions=positions,
+        mask=jnp.concatenate([jnp.zeros(observation.ids.shape, bool), own], axis=1),
+        turn=blank.astype(jnp.int32),
+        log_prob=blank,
+        full_log_prob=blank,
+        reward=jnp.zeros((num_episodes, 1), jnp.float32),
+        terminated=jnp.ones(num_episodes, bool),
+        truncated=jnp.zeros(num_episodes, bool),
+        info={},
+    )
 
 
 def score(

@@ -6,10 +6,10 @@ A study calls `parse`, `RunFolder` and `progress`, and could be read without the
 import contextlib
 import datetime
 import io
+import itertools
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,33 +22,34 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-def parse(config: type, description: str, argv: list[str] | None = None) -> Any:
+def parse(default: Any, description: str, argv: list[str] | None = None, *, check: bool = True) -> Any:
     """Reads a frozen dataclass from the command line; a bad value gets one line on stderr and exit status 2.
 
     Args:
-      config: the dataclass; a method `check()`, if it has one, raises ValueError for values that do not go together.
+      default: an instance; the command line overrides its fields.
+      check: call the method `check()`, which raises ValueError for values that cannot work.
     """
     import tyro  # half a second, and only the command line needs it
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            result = tyro.cli(config, description=description, args=argv, config=(tyro.conf.FlagConversionOff,))
+            config = tyro.cli(type(default), default=default, description=description, args=argv)
     except SystemExit as stop:
         if stop.code:
-            fail(one_line(said.getvalue()))
+            fail(first_message(said.getvalue()))
         raise
-    if hasattr(result, "check"):
+    if check:
         with one_line_errors():
-            result.check()
-    return result
+            config.check()
+    return config
 
 
-def one_line(text: str) -> str:
-    """The message of a boxed, wrapped error text, without the box."""
-    words = re.sub(r"[─-╿]", " ", text)
-    words = re.split(r"For full helptext", words)[0]
-    return re.sub(r"\s+", " ", words).strip(" .") or "bad command line"
+def first_message(boxed: str) -> str:
+    """The message of an error that tyro wraps and frames: the lines between the title and the first rule."""
+    lines = [line.strip("│ ") for line in boxed.splitlines()[1:]]
+    message = itertools.takewhile(lambda line: line.strip("─╰╯"), lines)
+    return " ".join(message) or "bad command line"
 
 
 def fail(message: str) -> None:

@@ -1,0 +1,753 @@
+"""BandPO: does a trust region per token beat a fixed clip range? (arXiv 2603.04918)
+
+PPO and GRPO clip the ratio pi_new / pi_old to one interval, so a token may change its probability only in proportion
+to it, and rare good tokens hardly grow. Band takes the widest interval inside an f-divergence ball instead. The study
+trains every arm from the same starts on the paper's mechanism (rare good tokens beside common mediocre ones), all arms
+and seeds in one program, and judges the claims R1 to R5.
+
+    python experiments/bandpo.py                                     # both small policies, all claims
+    python experiments/bandpo.py --model tabular --arms clip band_kl --delta 0.02
+    python experiments/bandpo.py --model smollm2 --task largest_of_three
+
+Results come to runs/bandpo/NAME/: report.md, results.json, curves as PNG, metrics.jsonl.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rollax import envs, objectives
+from rollax.agents import (
+    LanguageModel,
+    Sampling,
+    Trajectory,
+    TransformerConfig,
+    batch_sharding,
+    demonstrate,
+    named_shardings,
+    rollout,
+    score,
+    state_shardings,
+    tabular,
+    transformer,
+)
+from rollax.envs import Environment
+from rollax.experiments.harness.claims import Claim, Verdict, judge
+from rollax.experiments.harness.figures import Panel, save_panels
+from rollax.experiments.harness.language_task import load_language_task
+from rollax.experiments.harness.loop import Results, early, final, gap, late, merge, run_chunks
+from rollax.experiments.harness.report import VERDICT_HEAD, cell, markdown, show, verdict_lines
+from rollax.experiments.harness.run import RunFolder, one_line_errors, parse, use_compilation_cache
+from rollax.objectives.reduction import MODES
+
+SMALL = ("tabular", "transformer")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The study. `PRESETS` replaces some of these defaults for each kind of model."""
+
+    model: str = "both"
+    """tabular, transformer, both of them, smollm2, or the path of a Hugging Face directory or GGUF file."""
+    task: str = "tail_forks"
+    """For the transformer also sorting, arithmetic, countdown; for a pretrained model one of envs.QUESTIONS."""
+    arms: tuple[str, ...] = ()
+    """Objectives to compare (see ARMS); all of them when empty."""
+    seeds: int = 10
+    """Seeds, the unit of every interval, in one vmap."""
+    seed: int = 0
+    """The first seed."""
+    updates: int = 60
+    """Rollouts, each followed by `passes` times `mini_batches` gradient steps."""
+    prompts: int = 8
+    """Prompts of a rollout."""
+    samples: int = 16
+    """Rollouts of each prompt: the group of the advantage."""
+    mini_batches: int = 8
+    """Gradient steps of a pass. With one step in all the ratio is 1 and nothing clips."""
+    passes: int = 2
+    """Passes over each rollout."""
+    block: int = 1
+    """Rows of a prompt that stay together in a mini-batch and share the computation of their prompt."""
+    micro_batches: int = 1
+    """Parts of a mini-batch whose gradients are accumulated, under the denominators of the whole."""
+    lr: float = 0.1
+    """Adam's learning rate."""
+    warmup: int = 0
+    """Updates over which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Largest global norm of a gradient."""
+    delta: float = 0.05
+    """Radius of Band's and DPPO's trust region: nats for KL, dimensionless for TV and chi-squared."""
+    upper_max: float = 10.0
+    """Largest upper bound of Band."""
+    dual_clip: float = 10.0
+    """Largest loss of a token with a negative advantage, in units of the advantage."""
+    clip_low: float = 0.2
+    """PPO's clip range, and the lower one of Clip-Higher."""
+    clip_high: float = 0.28
+    """Clip-Higher's upper range."""
+    ratio_cap: float = 20.0
+    """Truncation of DPPO's ratio."""
+    kl_coefficient: float = 0.0
+    """Weight of the k3 estimate of the divergence from the starting policy."""
+    aggregation: str = "seq_mean_token_mean"
+    """How the losses of tokens become one number (objectives.aggregate)."""
+    temperature: float = 1.0
+    """Of sampling and of all log-probs."""
+    control_lr: float = 0.3
+    """Learning rate of the small-update control, as a share of `lr`."""
+    staleness: int = 4
+    """Updates by which the sampling policy lags in the stress regime; 0 leaves the regime out."""
+    shuffle_rewards: bool = False
+    """A control that must destroy learning: rewards are permuted over the whole batch."""
+    eval_prompts: int = 16
+    """Prompts of an evaluation."""
+    eval_samples: int = 32
+    """Rollouts of each prompt of an evaluation, for pass@k."""
+    chunk: int = 10
+    """Updates between evaluations: one call of the compiled program."""
+    good_prob: float = 0.03
+    """tail_forks: initial probability of the good token."""
+    horizon: int = 6
+    """tail_forks: tokens of an episode; sorting: digits."""
+    vocab_size: int = 32
+    """tail_forks: tokens to choose from."""
+    layers: int = 2
+    """Of the small transformer."""
+    width: int = 64
+    """Of the small transformer."""
+    heads: int = 4
+    """Of the small transformer."""
+    warm_start: int = 300
+    """Supervised steps that give the small transformer its start."""
+    label_noise: float = 0.0
+    """Share of wrong labels in the supervised start."""
+    train_questions: int = 1024
+    """Pretrained: questions to train on."""
+    held_out_questions: int = 128
+    """Pretrained: questions to hold out."""
+    bare: bool = False
+    """Pretrained: examples as bare lines ("7 * 4 = 28") instead of "Question: ... Answer: ..."."""
+    max_answer: int = 4
+    """Pretrained: the most tokens of an answer, its end included."""
+    mesh: str = ""
+    """Pretrained: devices, for example "data=2,fsdp=4"; all of them along fsdp when empty."""
+    dtype: str = "float32"
+    """Pretrained: type of the computation, float32 or bfloat16."""
+    remat: bool = False
+    """Pretrained: recompute activations in the backward pass."""
+    runs: str = "runs"
+    """Where run folders go."""
+    name: str = ""
+    """Of the run folder; the time when empty."""
+
+    def check(self) -> None:
+        """Raises ValueError for values that cannot work, before anything is computed."""
+        at_least_one = ("seeds updates prompts samples mini_batches passes block micro_batches chunk eval_prompts "
+                        "eval_samples horizon vocab_size layers width heads train_questions held_out_questions "
+                        "max_answer")  # fmt: skip
+        not_negative = ("lr delta kl_coefficient temperature staleness warm_start warmup label_noise control_lr "
+                        "clip_low clip_high seed")  # fmt: skip
+        for least, fields in ((1, at_least_one), (0, not_negative)):
+            for field in fields.split():
+                if not getattr(self, field) >= least:
+                    raise ValueError(f"{field}: expected at least {least}, got {getattr(self, field)}")
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {arm!r}")
+        if self.aggregation not in MODES:
+            raise ValueError(f"aggregation: expected one of {', '.join(MODES)}, got {self.aggregation!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        if self.samples % self.block:
+            raise ValueError(f"block: expected a divisor of samples={self.samples}, got {self.block}")
+        blocks, parts = self.prompts * self.samples // self.block, self.mini_batches * self.micro_batches
+        if blocks % parts:
+            raise ValueError(f"mini_batches: {parts} parts do not divide the {blocks} blocks of a rollout")
+        if self.updates % min(self.chunk, self.updates):
+            raise ValueError(f"chunk: expected a divisor of updates={self.updates}, got {self.chunk}")
+        if self.model in SMALL and self.task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)} for --model {self.model}, got {self.task!r}")
+        if self.model == "tabular" and self.task != "tail_forks":
+            raise ValueError(f"task: the tabular policy knows tail_forks alone, got {self.task!r}")
+        if self.model not in SMALL:
+            if self.task not in envs.QUESTIONS:
+                known = ", ".join(envs.QUESTIONS)
+                raise ValueError(f"task: expected one of {known} for a pretrained model, got {self.task!r}")
+            if self.model != "smollm2" and not Path(self.model).exists():
+                known = ", ".join((*SMALL, "both", "smollm2"))
+                raise ValueError(f"model: expected {known} or an existing path, got {self.model!r}")
+
+
+# The transformer is slower than the table, so it runs the arms that the claims need. A pretrained model fills the
+# machine: one arm, one seed, few large updates.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tabular": {},
+    "transformer": dict(
+        lr=2e-4,
+        staleness=0,
+        arms=("clip", "clip_higher", "band_kl", "band_tv", "band_chi2", "band_kl_relax", "no_clip"),
+    ),
+    "pretrained": dict(
+        task="largest_of_three",
+        arms=("band_kl",),
+        seeds=1,
+        updates=40,
+        prompts=16,
+        samples=8,
+        block=8,
+        mini_batches=2,
+        passes=1,
+        lr=1e-5,
+        warmup=4,
+        eval_prompts=64,
+        eval_samples=4,
+    ),
+}
+
+
+# --- Arms: the paper's comparison -----------------------------------------------------------------------------------
+
+
+class Numbers(NamedTuple):
+    """What may differ between the rows of one program: all traced, so none of it costs a compilation."""
+
+    arm: jax.Array  # index into the arms of the program
+    lr: jax.Array
+    staleness: jax.Array
+    delta: jax.Array
+    upper_max: jax.Array
+    dual_clip: jax.Array
+    clip_low: jax.Array
+    clip_high: jax.Array
+    ratio_cap: jax.Array
+    kl_coefficient: jax.Array
+    temperature: jax.Array
+
+
+class Arm(NamedTuple):
+    """An objective: bounds of the ratio, computed once per rollout, and the loss of each token."""
+
+    bounds: Callable[[jax.Array, Numbers], tuple[jax.Array, jax.Array]]
+    loss: Callable[..., jax.Array]
+
+
+def clipped(log_prob, old_log_prob, advantage, lower, upper, n):
+    return objectives.clipped_surrogate(log_prob - old_log_prob, advantage, lower, upper, dual_clip=n.dual_clip)
+
+
+def unclipped(log_prob, old_log_prob, advantage, lower, upper, n):
+    return objectives.clipped_surrogate(log_prob - old_log_prob, advantage, lower, upper)
+
+
+def masked(divergence):
+    def loss(log_prob, old_log_prob, advantage, lower, upper, n):
+        keep = objectives.dppo_mask(log_prob, old_log_prob, advantage, n.delta, divergence)
+        return objectives.masked_surrogate(log_prob, old_log_prob, advantage, keep, ratio_cap=n.ratio_cap)
+
+    return loss
+
+
+def fixed(old, low, high):
+    return jnp.full_like(old, 1 - low), jnp.full_like(old, 1 + high)
+
+
+def band(divergence):
+    return lambda old, n: objectives.band_bounds(old, n.delta, divergence, upper_max=n.upper_max)
+
+
+def band_relaxed(old, n):
+    (lower, upper), (low, high) = band("kl")(old, n), fixed(old, n.clip_low, n.clip_high)
+    return jnp.minimum(lower, low), jnp.maximum(upper, high)
+
+
+def band_upper(old, n):
+    return fixed(old, n.clip_low, 0.0)[0], band("kl")(old, n)[1]
+
+
+ARMS: dict[str, Arm] = {
+    "clip": Arm(lambda old, n: fixed(old, n.clip_low, n.clip_low), clipped),
+    "clip_higher": Arm(lambda old, n: fixed(old, n.clip_low, n.clip_high), clipped),
+    "dcpo": Arm(lambda old, n: objectives.dcpo_bounds(old), clipped),
+    "band_kl": Arm(band("kl"), clipped),
+    "band_tv": Arm(band("tv"), clipped),
+    "band_chi2": Arm(band("chi2"), clipped),
+    "band_kl_relax": Arm(band_relaxed, clipped),
+    "band_kl_upper": Arm(band_upper, clipped),
+    "dppo_kl": Arm(band("kl"), masked("kl")),
+    "dppo_tv": Arm(band("tv"), masked("tv")),
+    "no_clip": Arm(lambda old, n: fixed(old, 1.0, jnp.inf), unclipped),
+}
+
+
+# --- Tasks and policies ---------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """Environments to train on and to hold out, and how a small policy is shown the task before it is trained."""
+
+    env: Environment
+    held_out: Environment
+    show: Callable | None = None  # (key, state) -> action
+
+
+def tail_forks_task(config: Config) -> Task:
+    env = envs.tail_forks(config.prompts, config.horizon, config.vocab_size, config.good_prob)
+    return Task(env, env, env.demonstrate)
+
+
+def expert_task(make_env: Callable[..., Environment], *arguments: Any) -> Task:
+    env = make_env(*arguments, split="train")
+    return Task(env, make_env(*arguments, split="held_out"), env.expert)
+
+
+TASKS: dict[str, Callable[[Config], Task]] = {
+    "tail_forks": tail_forks_task,
+    "sorting": lambda config: expert_task(envs.sorting, config.horizon),
+    "arithmetic": lambda config: expert_task(envs.arithmetic, "+", 2),
+    "countdown": lambda config: expert_task(envs.countdown, 3, 20, 99),
+}
+
+
+class Policy(NamedTuple):
+    """A language model, `start(key) -> params`, and for a pretrained one the ids before every prompt and its mesh."""
+
+    model: LanguageModel
+    start: Callable[[jax.Array], Any]
+    prefix: jax.Array | None = None
+    mesh: Mesh | None = None
+
+
+def small_policy(config: Config, task: Task) -> Policy:
+    """The table of the initial law, or a transformer that has seen demonstrations of it."""
+    if config.model == "tabular":
+        model = tabular(envs.initial_logits(config.prompts, config.horizon, config.vocab_size, config.good_prob))
+        return Policy(model, model.init)
+    model = transformer(TransformerConfig(len(task.env.spec.vocab), config.width, config.layers, config.heads))
+    return Policy(model, functools.partial(warm_start, model=model, task=task, config=config))
+
+
+def warm_start(key, *, model: LanguageModel, task: Task, config: Config):
+    """Supervised steps (AdamW, 1e-3, batch 256), some on the answer to another prompt: the start that RL needs."""
+    optimizer = optax.adamw(1e-3)
+
+    def teach(key, state):
+        wrong_key, other_key, key = jax.random.split(key, 3)
+        wrong = jax.random.bernoulli(wrong_key, config.label_noise)
+        other, _ = task.env.reset(other_key)
+        return task.show(key, jax.tree.map(lambda x, y: jnp.where(wrong, x, y), other, state))
+
+    def loss(params, shown):
+        return objectives.aggregate(-score(model, params, shown, task.env)[0], shown.mask, "token_mean")
+
+    def step(carry, index):
+        params, opt_state = carry
+        shown = demonstrate(jax.random.fold_in(key, index), task.env, teach, 256)
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, shown), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    params = model.init(key)
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(1, config.warm_start + 1))
+    return params
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """All that training carries. `past` holds the parameters of the last updates, newest first, for stale sampling."""
+
+    params: Any
+    opt_state: Any
+    reference: Any
+    past: Any
+    key: jax.Array
+    step: jax.Array
+
+
+class Train(NamedTuple):
+    """The study as functions, to be jitted and vmapped.
+
+    `init(key, params) -> State`; `advance(state, numbers) -> (state, metrics [updates, ...])`, a chunk of updates;
+    `evaluate(state, numbers) -> metrics` on held-out prompts.
+    """
+
+    init: Callable
+    advance: Callable
+    evaluate: Callable
+
+
+def make_train(config: Config, task: Task, policy: Policy, arms: tuple[str, ...], max_staleness: int = 0) -> Train:
+    """Builds the program of one run.
+
+    Args:
+      arms: what `numbers.arm` chooses from.
+      max_staleness: the largest `numbers.staleness`.
+    """
+    model, env = policy.model, task.env
+    rows = config.prompts * config.samples
+    group = np.arange(rows) // config.samples
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(b2=0.99))
+    play = functools.partial(rollout, model=model, prefix=policy.prefix, early_exit=config.model not in SMALL)
+
+    def spread(batch):
+        """Rows over the devices of the mesh."""
+        if policy.mesh is None:
+            return batch
+        place = lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(policy.mesh, x.shape[0]))  # noqa: E731
+        return jax.tree.map(place, batch)
+
+    def init(key, params):
+        past = jax.tree.map(lambda x: jnp.repeat(x[None], max_staleness, axis=0), params) if max_staleness else ()
+        return State(params, optimizer.init(params), params if config.kl_coefficient else (), past, key, jnp.int32(0))
+
+    def loss(params, batch, norm, numbers, reference):
+        """Of a micro-batch, over the denominator of its whole mini-batch."""
+        trajectory, advantage, lower, upper = batch
+        again = functools.partial(score, model, trajectory=trajectory, env=env, group_size=config.block)
+        again = functools.partial(again, temperature=numbers.temperature, prefix=policy.prefix)
+        log_prob, entropy = again(params)
+        old, mask = trajectory.full_log_prob, trajectory.mask
+        losses = [functools.partial(ARMS[arm].loss, n=numbers) for arm in arms]
+        token_loss = jax.lax.switch(numbers.arm, losses, log_prob, old, advantage, lower, upper)
+        if config.kl_coefficient:
+            token_loss += numbers.kl_coefficient * objectives.kl_estimate(log_prob, again(reference)[0], "k3")
+        metrics = objectives.clip_metrics(
+            log_prob - old, old, lower, upper, advantage, mask, dual_clip=numbers.dual_clip
+        ) | {
+            "entropy": objectives.masked_mean(entropy, mask),
+            "kl_reached": objectives.masked_mean(objectives.binary_divergence(old, log_prob, "kl"), mask),
+        }
+        return objectives.aggregate(token_loss, mask, config.aggregation, norm=norm), metrics
+
+    def gradient_step(carry, batch, numbers, reference, lr):
+        """One mini-batch, `[micro_batches, rows, ...]`."""
+        params, opt_state = carry
+        whole = batch[0].mask.reshape(-1, batch[0].mask.shape[-1])
+        norm = objectives.denominator(whole, config.aggregation)
+
+        def accumulate(total, part):
+            grads, metrics = jax.grad(loss, has_aux=True)(params, spread(part), norm, numbers, reference)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        grads, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), batch)
+        steps, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda step: -lr * step, steps))
+        return (params, opt_state), jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+    def update(state, numbers):
+        """Sample, judge, and take `passes` times `mini_batches` gradient steps."""
+        play_key, shuffle_key, batch_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        actor = state.params
+        if max_staleness:
+            choose = lambda new, old: jnp.where(numbers.staleness > 0, old[numbers.staleness - 1], new)  # noqa: E731
+            actor = jax.tree.map(choose, state.params, state.past)
+        trajectory = spread(
+            play(
+                play_key,
+                params=actor,
+                env=env,
+                num_prompts=config.prompts,
+                group_size=config.samples,
+                sampling=Sampling(numbers.temperature),
+            )
+        )
+        reward = trajectory.reward.sum(axis=1)
+        learned = jax.random.permutation(shuffle_key, reward) if config.shuffle_rewards else reward
+        advantage = objectives.grpo_advantages(learned, group, num_groups=config.prompts)
+        old = trajectory.full_log_prob
+        bounds = [functools.partial(ARMS[arm].bounds, n=numbers) for arm in arms]
+        lower, upper = jax.lax.switch(numbers.arm, [lambda old, f=f: f(old) for f in bounds], old)
+        everything = (trajectory._replace(info={}), advantage, lower, upper)
+
+        lr = numbers.lr * jnp.minimum(1.0, (state.step + 1) / max(config.warmup, 1))
+        blocks = jnp.arange(rows).reshape(-1, config.block)
+        orders = [jax.random.permutation(k, blocks) for k in jax.random.split(batch_key, config.passes)]
+        picked = jnp.stack(orders).reshape(config.passes * config.mini_batches, config.micro_batches, -1)
+
+        def step(carry, rows):
+            return gradient_step(carry, jax.tree.map(lambda x: x[rows], everything), numbers, state.reference, lr)
+
+        (params, opt_state), metrics = jax.lax.scan(step, (state.params, state.opt_state), picked)
+        # Means over the gradient steps; what the last one saw tells how far the policy went.
+        metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics) | {"kl_reached": metrics["kl_reached"][-1]}
+        past = state.past
+        if max_staleness:
+            past = jax.tree.map(lambda new, old: jnp.concatenate([new[None], old[:-1]]), state.params, past)
+        state = State(params, opt_state, state.reference, past, state.key, state.step + 1)
+        return state, metrics | episode_metrics(trajectory, group, config.prompts)
+
+    def advance(state, numbers):
+        return jax.lax.scan(lambda s, _: update(s, numbers), state, length=min(config.chunk, config.updates))
+
+    def evaluate(state, numbers):
+        key = jax.random.fold_in(state.key, 2**20)  # the same episodes and draws at every evaluation
+        prompts, samples = config.eval_prompts, config.eval_samples
+        trajectory = play(
+            key,
+            params=state.params,
+            env=task.held_out,
+            num_prompts=prompts,
+            group_size=samples,
+            sampling=Sampling(numbers.temperature),
+        )
+        correct = (trajectory.reward.sum(axis=1) > 0.5).reshape(prompts, samples).sum(axis=1)
+        metrics = {f"pass@{k}": objectives.pass_at_k(correct, samples, k).mean() for k in (1, 4, 32) if k <= samples}
+        return metrics | episode_metrics(trajectory, np.arange(prompts * samples) // samples, prompts)
+
+    return Train(init, advance, evaluate)
+
+
+def episode_metrics(trajectory: Trajectory, group: np.ndarray, groups: int) -> dict[str, jax.Array]:
+    """Means over episodes, and the number of sampled tokens."""
+    reward = trajectory.reward.sum(axis=1)
+    return {
+        "reward": reward.mean(),
+        "dead_groups": objectives.group_is_constant(reward, group, num_groups=groups).mean(),
+        "tokens": trajectory.mask.sum(),
+    } | {name: value.astype(jnp.float32).mean() for name, value in trajectory.info.items()}
+
+
+# --- The study ------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One line of the study: an arm in the main regime, with small updates, or with stale samples."""
+
+    label: str
+    arm: str
+    lr: float
+    staleness: int = 0
+
+
+def make_rows(config: Config) -> list[Row]:
+    """All arms; Band and no clipping with small updates, where they must agree; the main arms with stale samples."""
+    arms = dict.fromkeys(config.arms or ARMS)
+    rows = [Row(arm, arm, config.lr) for arm in arms]
+    if config.model not in SMALL:
+        return rows
+    rows += [Row(f"{a}/small", a, config.lr * config.control_lr) for a in ("band_kl", "no_clip") if a in arms]
+    stale = [a for a in ("clip", "clip_higher", "band_kl", "dppo_kl", "no_clip") if a in arms and config.staleness]
+    return rows + [Row(f"{a}/stale", a, config.lr, config.staleness) for a in stale]
+
+
+def numbers_of(config: Config, rows: list[Row]) -> tuple[Numbers, tuple[str, ...]]:
+    """The rows' numbers, stacked `[rows]`, and the arms that they choose from."""
+    arms = tuple(dict.fromkeys(row.arm for row in rows))
+    shared = {field: getattr(config, field) for field in Numbers._fields if field not in Row._fields}
+    each = [Numbers(arm=arms.index(row.arm), lr=row.lr, staleness=row.staleness, **shared) for row in rows]
+    return jax.tree.map(lambda *x: jnp.asarray(np.array(x)), *each), arms
+
+
+def run_small(config: Config, folder: RunFolder) -> Results:
+    """All rows and seeds in one program: `vmap` over rows of `vmap` over seeds."""
+    task = TASKS[config.task](config)
+    policy = small_policy(config, task)
+    rows = make_rows(config)
+    numbers, arms = numbers_of(config, rows)
+    train = make_train(config, task, policy, arms, max(row.staleness for row in rows))
+    # One start and one stream of keys per seed, the same for every row: rows are compared at equal seeds.
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.seed, config.seed + config.seeds))
+    init = jax.vmap(lambda key: train.init(key, policy.start(key)))
+    state = jax.jit(lambda keys: jax.tree.map(lambda x: jnp.repeat(x[None], len(rows), axis=0), init(keys)))(keys)
+    over_rows_and_seeds = lambda f: jax.vmap(jax.vmap(f, in_axes=(0, None)))  # noqa: E731
+    advance, evaluate = over_rows_and_seeds(train.advance), over_rows_and_seeds(train.evaluate)
+    labels = [row.label for row in rows]
+    return run_chunks(config.model, labels, config.updates, folder, advance, evaluate, state, numbers)
+
+
+def run_pretrained(config: Config, folder: RunFolder) -> Results:
+    """A model that fills the devices: one row after the other, one seed."""
+    loaded = load_language_task(
+        config.model,
+        config.task,
+        mesh=config.mesh,
+        train_questions=config.train_questions,
+        held_out_questions=config.held_out_questions,
+        bare=config.bare,
+        max_answer=config.max_answer,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+    task = Task(loaded.env, loaded.held_out)
+    policy = Policy(loaded.model, lambda key: loaded.params, loaded.prefix, loaded.mesh)
+    key, results = jax.random.key(config.seed), []
+    for row in make_rows(config):
+        numbers, arms = numbers_of(config, [row])
+        numbers = jax.tree.map(lambda x: x[0], numbers)
+        train = make_train(config, task, policy, arms)
+        # The optimiser's state lies where its parameters lie.
+        shapes = jax.eval_shape(train.init, key, loaded.params)
+        places = named_shardings(loaded.model.axes, loaded.params, loaded.mesh)
+        places = state_shardings(shapes, loaded.params, places, loaded.mesh)
+        state = jax.jit(train.init, out_shardings=places)(key, loaded.params)
+        advance, evaluate = with_row_and_seed(train)
+        results.append(
+            run_chunks(Path(config.model).stem, [row.label], config.updates, folder, advance, evaluate, state, numbers)
+        )
+    return merge(results)
+
+
+def with_row_and_seed(train: Train) -> tuple[Callable, Callable]:
+    """`advance` and `evaluate` of one run, with axes of length one for row and seed on their metrics."""
+    lift = functools.partial(jax.tree.map, lambda x: x[None, None])
+
+    def advance(state, numbers):
+        state, metrics = train.advance(state, numbers)
+        return state, lift(metrics)
+
+    return advance, lambda state, numbers: lift(train.evaluate(state, numbers))
+
+
+# --- Claims ---------------------------------------------------------------------------------------------------------
+
+
+def tail_share(results: Results, row: str) -> np.ndarray:
+    """Share of the actively clipped tokens whose old probability is below 0.2, over all updates, `[seeds]`."""
+    bins = results.train[row]["clip_count_by_prob"].sum(axis=1)
+    return bins[:, 0] / np.maximum(bins.sum(axis=1), 1e-9)
+
+
+def clipping_binds(results: Results) -> bool:
+    """The regime that R2 and R4 presuppose: PPO's clip is active on at least 1 % of the tokens."""
+    return float(results.train["clip"]["clip_fraction"].mean()) >= 0.01
+
+
+CLAIMS = [
+    Claim("R1a", "With a fixed clip, at least 80 % of the clipped tokens had a probability below 0.2",
+          lambda r: tail_share(r, "clip"), "above", 0.8, "share", needs=("clip",)),
+    Claim("R1b", "With Band, fewer than 15 % of them had",
+          lambda r: tail_share(r, "band_kl"), "below", 0.15, "share", needs=("band_kl",)),
+    Claim("R2a", "Where clipping binds, Clip-Higher ends with more reward than clip",
+          gap("clip_higher", "clip"), unit="reward", applies=clipping_binds, needs=("clip", "clip_higher")),
+    Claim("R2b", "Where clipping binds, Band ends with more reward than Clip-Higher",
+          gap("band_kl", "clip_higher"), unit="reward", applies=clipping_binds,
+          needs=("clip", "clip_higher", "band_kl")),
+    Claim("R2c", "Where clipping binds, Band ends with a higher pass@4 than Clip-Higher",
+          gap("band_kl", "clip_higher", final, "pass@4"), unit="pass@4", applies=clipping_binds,
+          needs=("clip", "clip_higher", "band_kl")),
+    Claim("R3a", "Early, Band keeps more entropy than clip",
+          gap("band_kl", "clip", early, "entropy"), unit="nats", needs=("clip", "band_kl")),
+    Claim("R3b", "Late, Band keeps more entropy than clip",
+          gap("band_kl", "clip", late, "entropy"), unit="nats", needs=("clip", "band_kl")),
+    Claim("R4a", "Where clipping binds, Band ends with more reward than no clipping",
+          gap("band_kl", "no_clip"), unit="reward", applies=clipping_binds,
+          needs=("clip", "band_kl", "no_clip")),
+    Claim("R4b", "With small updates, Band and no clipping end equal",
+          gap("band_kl/small", "no_clip/small"), "within", 0.02, "reward", needs=("band_kl/small", "no_clip/small")),
+    Claim("R5a", "Band TV ends as good as Band KL",
+          gap("band_tv", "band_kl"), "within", 0.05, "reward", needs=("band_tv", "band_kl")),
+    Claim("R5b", "Band chi-squared ends as good as Band KL",
+          gap("band_chi2", "band_kl"), "within", 0.05, "reward", needs=("band_chi2", "band_kl")),
+    Claim("R5c", "Relaxing Band to the union with Clip-Higher is not better",
+          gap("band_kl_relax", "band_kl"), "below", 0.02, "reward", needs=("band_kl_relax", "band_kl")),
+]  # fmt: skip
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Of the claims whose rows have run."""
+    return [judge(claim, results) for claim in CLAIMS if all(row in results.train for row in claim.needs)]
+
+
+# --- Results --------------------------------------------------------------------------------------------------------
+
+COLUMNS: dict[str, Callable[[Results, str], np.ndarray]] = {
+    "reward": late,
+    "held out": lambda r, row: final(r, row, "reward"),
+    "pass@4": lambda r, row: final(r, row, "pass@4"),
+    "entropy, early": lambda r, row: early(r, row, "entropy"),
+    "entropy, late": lambda r, row: late(r, row, "entropy"),
+    "clipped": lambda r, row: r.train[row]["clip_fraction"].mean(axis=1),
+    "of these p < 0.2": tail_share,
+    "KL reached": lambda r, row: r.train[row]["kl_reached"].mean(axis=1),
+}
+
+
+def save_curves(path: Path, results: Results) -> None:
+    """The rows of the main regime: what they earned, how they explored, what was clipped."""
+    rows = [row for row in results.train if "/" not in row]
+    updates = np.arange(1, results.evaluated_at[-1] + 1)
+    titles = {"reward": "reward", "share_good": "share of good tokens", "entropy": "entropy (nats per token)",
+              "clip_fraction": "share of tokens clipped", "kl_reached": "KL(old, new) reached (nats)"}  # fmt: skip
+    panels = [
+        Panel(title, updates, {row: results.train[row][metric] for row in rows})
+        for metric, title in titles.items()
+        if metric in results.train[rows[0]]
+    ]
+    for metric in ("reward", "pass@4"):
+        curves = {row: results.held_out[row][metric] for row in rows if metric in results.held_out[row]}
+        if curves and len(panels) < 6:
+            panels.append(Panel(f"held-out {metric}", results.evaluated_at, curves))
+    save_panels(path, panels)
+
+
+def report(folder: RunFolder, everything: dict[str, Results]) -> None:
+    """Tables to the terminal and to report.md, numbers to results.json, curves as PNG."""
+    text, saved = ["# BandPO (arXiv 2603.04918)", ""], {}
+    for model, results in everything.items():
+        seeds = next(iter(results.train.values()))["reward"].shape[0]
+        columns = {
+            name: f
+            for name, f in COLUMNS.items()
+            if name != "pass@4" or "pass@4" in next(iter(results.held_out.values()))
+        }
+        lines = [[row, *(cell(f(results, row)) for f in columns.values())] for row in results.train]
+        judged = verdicts(results)
+        title = f"{model}: mean ± half the 95 % interval over {seeds} seeds" if seeds > 1 else f"{model}: one seed"
+        save_curves(folder.path / f"curves_{model}.png", results)
+        spent = ", ".join(f"{name} {value:.0f} s" for name, value in results.seconds.items())
+        text += [f"## {title}", "", f"{spent}.", "", f"![curves](curves_{model}.png)", ""]
+        text += [markdown(["arm", *columns], lines), ""]
+        show(title, ["arm", *columns], lines)
+        if judged:
+            text += [markdown(VERDICT_HEAD, verdict_lines(judged)), ""]
+            show(f"{model}: claims", VERDICT_HEAD, verdict_lines(judged))
+        saved[model] = {
+            "claims": [verdict.as_dict() for verdict in judged],
+            "rows": {row: {name: f(results, row) for name, f in columns.items()} for row in results.train},
+            "seconds": results.seconds,
+        }
+    folder.write_json("results.json", saved)
+    folder.write_text("report.md", "\n".join(text))
+
+
+def configs_of(argv: list[str] | None = None) -> list[Config]:
+    """The command line, read once for each model over the defaults of its preset."""
+    model = parse(Config(), __doc__, argv, check=False).model
+    models = SMALL if model == "both" else (model,)
+    kinds = [model if model in SMALL else "pretrained" for model in models]
+    defaults = [Config(**{"model": model} | PRESETS[kind]) for model, kind in zip(models, kinds, strict=True)]
+    parsed = [parse(default, __doc__, argv, check=False) for default in defaults]
+    parsed = [dataclasses.replace(config, model=model) for config, model in zip(parsed, models, strict=True)]
+    with one_line_errors():
+        for config in parsed:
+            config.check()
+    return parsed
+
+
+def main(argv: list[str] | None = None) -> None:
+    use_compilation_cache()
+    configs = configs_of(argv)
+    with one_line_errors():
+        folder = RunFolder(configs[0].runs, "bandpo", configs[0].name, {config.model: config for config in configs})
+        print(f"results: {folder.path}")
+        everything = {}
+        for config in configs:
+            name = Path(config.model).stem or config.model
+            everything[name] = (run_small if config.model in SMALL else run_pretrained)(config, folder)
+    report(folder, everything)
+    print(f"report: {folder.path / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()

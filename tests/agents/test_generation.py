@@ -1,0 +1,210 @@
+"""Generation: greedy decoding, the sampler's log-probs, truncation, stops, and what must not change a row."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rollax.agents.generation import (
+    EXCLUDED,
+    Sampling,
+    generate,
+    padded_positions,
+    sample_token,
+    truncate_logits,
+)
+from rollax.agents.transformer import TransformerConfig, transformer
+
+VOCAB = 23
+CONFIG = TransformerConfig(vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
+PROMPTS = jnp.array([[3, 5, 7, 9], [4, 6, 0, 0], [1, 0, 0, 0]])
+LENGTHS = jnp.array([4, 2, 1])
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model = transformer(CONFIG)
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))  # sharper than a fresh start
+    return model, params
+
+
+def keys(n, seed=1):
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(n))
+
+
+@functools.cache
+def sampler(**options):
+    model = transformer(CONFIG)
+    return jax.jit(lambda params, *args: generate(model, params, *args, max_new_tokens=6, **options))
+
+
+def training_log_probs(model, params, prompt, tokens):
+    """Without a cache, as training computes them."""
+    whole = jnp.concatenate([prompt, tokens])[None]
+    logits, _ = model.apply(params, whole, jnp.arange(whole.shape[1])[None])
+    log_probs = jax.nn.log_softmax(logits[0].astype(jnp.float32))
+    at = jnp.arange(len(prompt) - 1, whole.shape[1] - 1)
+    return log_probs[at], np.asarray(log_probs[at, tokens])
+
+
+def test_greedy_equals_argmax_without_cache(lm):
+    model, params = lm
+    out = sampler(sampling=Sampling(temperature=0.0))(params, keys(3), PROMPTS, LENGTHS)
+    for row in range(3):
+        prompt = PROMPTS[row, : LENGTHS[row]]
+        log_probs, _ = training_log_probs(model, params, prompt, out.tokens[row])
+        np.testing.assert_array_equal(out.tokens[row], jnp.argmax(log_probs, axis=-1))
+
+
+def test_log_probs_equal_those_of_training(lm):
+    model, params = lm
+    out = sampler(samples=4)(params, keys(12), PROMPTS, LENGTHS)
+    for row in range(12):
+        prompt = PROMPTS[row // 4, : LENGTHS[row // 4]]
+        _, expected = training_log_probs(model, params, prompt, out.tokens[row])
+        np.testing.assert_allclose(out.full_log_prob[row], expected, atol=1e-4)
+    np.testing.assert_allclose(out.log_prob, out.full_log_prob, atol=1e-6)
+    assert len({tuple(row) for row in np.asarray(out.tokens)}) > 6  # rows are sampled, not copied
+
+
+def test_bfloat16_log_probs_stay_near_those_of_training():
+    """In bfloat16 the cached and the uncached forward round differently; the gap is that of the number format."""
+    model = transformer(TransformerConfig(vocab_size=VOCAB, width=32, num_heads=4, dtype=jnp.bfloat16))
+    params = model.init(jax.random.key(0))
+    out = jax.jit(lambda p: generate(model, p, keys(3), PROMPTS, LENGTHS, max_new_tokens=6))(params)
+    for row in range(3):
+        _, expected = training_log_probs(model, params, PROMPTS[row, : LENGTHS[row]], out.tokens[row])
+        np.testing.assert_allclose(out.full_log_prob[row], expected, atol=0.05)
+
+
+def test_padding_batch_and_prefix_do_not_change_a_row(lm):
+    model, params = lm
+    all_keys = keys(3)
+    out = sampler()(params, all_keys, PROMPTS, LENGTHS)
+    for row in range(3):
+        alone = sampler()(params, all_keys[row : row + 1], PROMPTS[row : row + 1], LENGTHS[row : row + 1])
+        np.testing.assert_array_equal(alone.tokens[0], out.tokens[row])
+        np.testing.assert_allclose(alone.log_prob[0], out.log_prob[row], atol=1e-5)
+    junk = jnp.where(jnp.arange(4) < LENGTHS[:, None], PROMPTS, 17)
+    wide = jnp.pad(junk, ((0, 0), (0, 3)), constant_values=11)
+    np.testing.assert_array_equal(sampler()(params, all_keys, wide, LENGTHS).tokens, out.tokens)
+    # A prefix computed once is the same text computed in every row.
+    prefix = jnp.array([8, 2, 6])
+    shared = jax.jit(lambda p: generate(model, p, all_keys, PROMPTS, LENGTHS, max_new_tokens=6, prefix=prefix))(params)
+    whole = jnp.concatenate([jnp.tile(prefix, (3, 1)), PROMPTS], axis=1)
+    written = sampler()(params, all_keys, whole, LENGTHS + 3)
+    np.testing.assert_array_equal(shared.tokens, written.tokens)
+    np.testing.assert_allclose(shared.log_prob, written.log_prob, atol=1e-5)
+
+
+def test_sharding_does_not_change_a_row(lm):
+    _, params = lm
+    prompts, lengths = jnp.tile(PROMPTS[:2], (4, 1)), jnp.tile(LENGTHS[:2], 4)
+    expected = sampler()(params, keys(8), prompts, lengths)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    sharded = sampler()(
+        jax.device_put(params, jax.NamedSharding(mesh, jax.P())),
+        *jax.device_put((keys(8), prompts, lengths), rows),
+    )
+    np.testing.assert_array_equal(sharded.tokens, expected.tokens)
+    np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=1e-5)
+
+
+def test_stop_tokens_end_a_row(lm):
+    _, params = lm
+    free = sampler()(params, keys(3), PROMPTS, LENGTHS)
+    stop = int(free.tokens[0, 2])
+    for early_exit in (True, False):
+        out = sampler(stop_ids=(stop,), pad_id=22, early_exit=early_exit)(params, keys(3), PROMPTS, LENGTHS)
+        for row in range(3):
+            hits = np.flatnonzero(np.asarray(free.tokens[row]) == stop)
+            length = hits[0] + 1 if hits.size else 6
+            np.testing.assert_array_equal(out.tokens[row, :length], free.tokens[row, :length])
+            np.testing.assert_array_equal(out.tokens[row, length:], 22)
+            np.testing.assert_array_equal(out.mask[row], np.arange(6) < length)
+            np.testing.assert_array_equal(out.log_prob[row, length:], 0.0)
+            assert bool(out.stopped[row]) == bool(hits.size)
+
+
+def test_early_exit_leaves_the_loop(lm):
+    """With a stop token that always comes first, the program runs one step: counted by a model that counts."""
+    model, params = lm
+    calls = []
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return model.hidden(*args)
+
+    counting = model._replace(hidden=counted)
+    everything = tuple(range(VOCAB))
+    run = jax.jit(lambda p: generate(counting, p, keys(3), PROMPTS, LENGTHS, max_new_tokens=6, stop_ids=everything))
+    jax.block_until_ready(run(params))
+    jax.effects_barrier()
+    assert len(calls) == 2  # prefill and one decode step
+
+
+def test_truncation():
+    logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.06, 0.04]]))
+    kept = lambda **options: np.asarray(truncate_logits(logits, Sampling(**options))[0] > EXCLUDED / 2)
+    np.testing.assert_array_equal(kept(top_k=1), [1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(kept(top_k=2), [1, 1, 1, 0, 0])  # ties stay
+    np.testing.assert_array_equal(kept(top_p=0.5), [1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(kept(top_p=0.95), [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(kept(top_p=1e-6), [1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(kept(top_p=1.0), [1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(kept(num_tokens=3), [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(kept(top_k=4, top_p=0.9), [1, 1, 1, 0, 0])
+    traced = jax.jit(lambda k, p: truncate_logits(logits, Sampling(top_k=k, top_p=p)))(4, 0.9)
+    chex.assert_trees_all_close(traced, truncate_logits(logits, Sampling(top_k=4, top_p=0.9)))
+
+
+def test_sampled_frequencies_and_both_log_probs():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    n = 20_000
+    sampling = Sampling(temperature=0.7, top_k=3)
+    token, log_prob, full = jax.jit(lambda k: sample_token(k, jnp.tile(logits, (n, 1)), sampling))(keys(n))
+    scaled = np.asarray(jax.nn.softmax(logits / 0.7))
+    expected = np.where(np.arange(4) < 3, scaled, 0) / scaled[:3].sum()
+    observed = np.bincount(np.asarray(token), minlength=4) / n
+    np.testing.assert_allclose(observed, expected, atol=4 * np.sqrt(0.25 / n))
+    np.testing.assert_allclose(np.exp(log_prob), expected[token], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(full), scaled[token], rtol=1e-5)
+
+
+def test_temperature_is_traced(lm):
+    model, params = lm
+    run = jax.jit(
+        jax.vmap(
+            lambda t: generate(
+                model, params, keys(3), PROMPTS, LENGTHS, max_new_tokens=6, sampling=Sampling(temperature=t)
+            )
+        )
+    )
+    out = run(jnp.array([0.0, 1.0]))
+    greedy = sampler(sampling=Sampling(temperature=0.0))(params, keys(3), PROMPTS, LENGTHS)
+    np.testing.assert_array_equal(out.tokens[0], greedy.tokens)
+    assert (np.asarray(out.tokens[1]) != np.asarray(greedy.tokens)).any()
+
+
+def test_padded_positions():
+    np.testing.assert_array_equal(padded_positions(jnp.array([2, 0]), 3, 5), [[5, 6, -1], [-1, -1, -1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling": Sampling(temperature=-1.0)}, "temperature.*>= 0.*-1"),
+        ({"sampling": Sampling(top_k=0)}, "top_k.*>= 1.*0"),
+        ({"sampling": Sampling(top_p=1.5)}, "top_p.*1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*>= 1.*0"),
+        ({"samples": 2}, "keys.*6.*3"),
+    ],
+)
+def test_bad_input(lm, options, message):
+    model, params = lm
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, keys(3), PROMPTS, LENGTHS, **({"max_new_tokens": 4} | options))

@@ -1,0 +1,194 @@
+"""Rollouts: bookkeeping of turns, and that training scores what generation sampled."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rollax.agents.generation import Sampling
+from rollax.agents.rollout import rollout, score
+from rollax.agents.tabular import tabular
+from rollax.agents.transformer import TransformerConfig, transformer
+from rollax.envs.environment import Environment, Step, TokenSpec, Tokens
+
+VOCAB, STOP = 11, 10
+
+
+class EchoState(NamedTuple):
+    secret: jax.Array
+    turn: jax.Array
+
+
+def echo(max_turns):
+    """Says a number of varying length, is answered, says the answer's length back; ends when turn = secret."""
+
+    def tokens(value, length):
+        return Tokens(jnp.where(jnp.arange(3) < length, value, 0).astype(jnp.int32), length)
+
+    def reset(key):
+        secret = jax.random.randint(key, (), 1, 5)
+        return EchoState(secret, jnp.int32(0)), tokens(secret, 1 + secret % 3)
+
+    def step(key, state, action):
+        length = jnp.sum(jnp.cumsum(action == STOP) == 0)
+        turn = state.turn + 1
+        over = turn >= state.secret
+        observation = tokens(length % 10, 1 + length % 3)
+        reward = length.astype(jnp.float32)
+        return EchoState(state.secret, turn), Step(
+            observation, reward, over, ~over & (turn >= max_turns), {"length": length}
+        )
+
+    spec = TokenSpec(tuple("0123456789."), 3, 4, max_turns, (STOP,), 0)
+    return Environment(reset, step, spec)
+
+
+@functools.cache
+def lm():
+    model = transformer(TransformerConfig(vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2))
+    return model, jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0)))
+
+
+@functools.cache
+def played(max_turns, prefix=()):
+    model, params = lm()
+    ids = jnp.array(prefix, jnp.int32) if prefix else None
+    return jax.jit(
+        lambda key: rollout(
+            key, model, params, echo(max_turns), num_prompts=6, group_size=4, prefix=ids, sampling=Sampling(top_k=9)
+        )
+    )(jax.random.key(3))
+
+
+@pytest.mark.parametrize("max_turns", [1, 3])
+def test_bookkeeping(max_turns):
+    trajectory = jax.device_get(played(max_turns))
+    width = 3 + 4
+    assert trajectory.tokens.shape == (24, max_turns * width)
+    assert trajectory.reward.shape == (24, max_turns)
+    for row in range(24):
+        secret = trajectory.tokens[row, 0]
+        turns = min(secret, max_turns)
+        assert trajectory.terminated[row] == (secret <= max_turns)
+        assert trajectory.truncated[row] == (secret > max_turns)
+        positions = trajectory.positions[row]
+        real = positions[positions >= 0]
+        np.testing.assert_array_equal(real, np.arange(len(real)))  # no gap, in order
+        for turn in range(max_turns):
+            own = trajectory.mask[row, turn * width + 3 : (turn + 1) * width]
+            action = trajectory.tokens[row, turn * width + 3 : (turn + 1) * width]
+            assert not trajectory.mask[row, turn * width : turn * width + 3].any()
+            assert (trajectory.turn[row, turn * width : (turn + 1) * width] == turn).all()
+            if turn >= turns:
+                assert not own.any()
+                assert trajectory.reward[row, turn] == 0
+                continue
+            stops = np.flatnonzero(action == STOP)
+            spoken = stops[0] + 1 if stops.size else 4
+            np.testing.assert_array_equal(own, np.arange(4) < spoken)
+            assert trajectory.reward[row, turn] == (stops[0] if stops.size else 4)
+            if turn + 1 < turns:  # the next observation answers this action
+                assert trajectory.tokens[row, (turn + 1) * width] == trajectory.reward[row, turn]
+    group = trajectory.tokens[:, :3].reshape(6, 4, 3)
+    assert (group == group[:, :1]).all()  # a group shares its start
+    assert (trajectory.log_prob[~trajectory.mask] == 0).all()
+
+
+@pytest.mark.parametrize("prefix", [(), (7, 3, 3, 1)])
+@pytest.mark.parametrize("max_turns", [1, 3])
+def test_score_equals_sampler(max_turns, prefix):
+    model, params = lm()
+    trajectory = played(max_turns, prefix)
+    ids = jnp.array(prefix, jnp.int32) if prefix else None
+    run = jax.jit(lambda p, g: score(model, p, trajectory, echo(max_turns), group_size=g, prefix=ids), static_argnums=1)
+    for group in (1, 2, 4):
+        log_prob, entropy = run(params, group)
+        np.testing.assert_allclose(log_prob, trajectory.full_log_prob, atol=1e-4)
+        assert (np.asarray(entropy)[np.asarray(trajectory.mask)] > 0).all()
+        assert (np.asarray(entropy)[~np.asarray(trajectory.mask)] == 0).all()
+    assert (
+        np.asarray(trajectory.log_prob) >= np.asarray(trajectory.full_log_prob) - 1e-5
+    ).all()  # truncation adds mass
+
+
+def test_shared_start_has_the_same_gradient():
+    """A prompt computed once for its group, and a prefix once for all, give the gradient of the plain forward."""
+    model, params = lm()
+    trajectory, env = played(3, (7, 3, 3, 1)), echo(3)
+    weights = jax.random.normal(jax.random.key(5), trajectory.mask.shape)
+
+    def shared(params):
+        log_prob, entropy = score(model, params, trajectory, env, group_size=4, prefix=jnp.array([7, 3, 3, 1]))
+        return jnp.sum(weights * (log_prob + 0.1 * entropy))
+
+    def plain(params):
+        ids = jnp.concatenate([jnp.tile(jnp.array([7, 3, 3, 1]), (24, 1)), trajectory.tokens], axis=1)
+        positions = jnp.concatenate([jnp.tile(jnp.arange(4), (24, 1)), trajectory.positions], axis=1)
+        logits, _ = model.apply(params, ids, positions)
+        log_probs = jax.nn.log_softmax(logits)
+        total = 0.0
+        for column in range(4, ids.shape[1]):
+            before = jnp.max(jnp.where(positions[:, :column] >= 0, jnp.arange(column), -1), axis=1)
+            here = log_probs[jnp.arange(24), before]
+            term = here[jnp.arange(24), ids[:, column]] - 0.1 * jnp.sum(jnp.exp(here) * here, axis=-1)
+            own = trajectory.mask[:, column - 4]
+            total += jnp.sum(jnp.where(own, weights[:, column - 4] * term, 0.0))
+        return total
+
+    expected, got = jax.jit(jax.grad(plain))(params), jax.jit(jax.grad(shared))(params)
+    apart = jax.tree.map(lambda x, y: jnp.linalg.norm(x - y) / jnp.linalg.norm(y), got, expected)
+    assert max(jax.tree.leaves(apart)) < 5e-5
+
+
+def test_rows_depend_on_their_index_alone():
+    """More prompts add rows and change none."""
+    model, params = lm()
+    small = jax.jit(lambda k: rollout(k, model, params, echo(1), num_prompts=2, group_size=4))(jax.random.key(3))
+    large = jax.jit(lambda k: rollout(k, model, params, echo(1), num_prompts=6, group_size=4))(jax.random.key(3))
+    np.testing.assert_array_equal(small.tokens, large.tokens[:8])
+
+
+def test_vmap_over_seeds_equals_a_loop():
+    model, params = lm()
+    play = lambda key: rollout(key, model, params, echo(3), num_prompts=2, group_size=2, early_exit=False)
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = jax.jit(jax.vmap(play))(keys)
+    one = jax.jit(play)
+    for i in range(3):
+        np.testing.assert_array_equal(together.tokens[i], one(keys[i]).tokens)
+
+
+def test_tabular_policy_speaks_the_protocol():
+    """The table's own probabilities, in generation and in training."""
+    logits = jax.random.normal(jax.random.key(1), (3, 4, 9))
+    model = tabular(logits)
+
+    def reset(key):
+        prompt = jax.random.randint(key, (), 0, 3)
+        return prompt, Tokens(prompt[None] + 9, jnp.int32(1))
+
+    def step(key, state, action):
+        return state, Step(Tokens(state[None] + 9, jnp.int32(1)), 1.0, jnp.bool_(True), jnp.bool_(False), {})
+
+    env = Environment(reset, step, TokenSpec(tuple("abcdefghi012"), 1, 4, 1, (), 0))
+    params = model.init(jax.random.key(0))
+    trajectory = jax.jit(lambda k: rollout(k, model, params, env, num_prompts=5, group_size=2))(jax.random.key(2))
+    prompt, action = trajectory.tokens[:, 0] - 9, trajectory.tokens[:, 1:]
+    expected = jax.nn.log_softmax(logits)[prompt[:, None], jnp.arange(4), action]
+    np.testing.assert_allclose(trajectory.log_prob[:, 1:], expected, rtol=1e-6)
+    for group in (1, 2):
+        log_prob, entropy = score(model, params, trajectory, env, group_size=group)
+        np.testing.assert_allclose(log_prob[:, 1:], expected, rtol=1e-6)
+    table = jax.nn.softmax(logits)[prompt[:, None], jnp.arange(4)]
+    np.testing.assert_allclose(entropy[:, 1:], -(table * jnp.log(table)).sum(-1), rtol=1e-5)
+
+
+def test_bad_input():
+    model, params = lm()
+    with pytest.raises(ValueError, match="group_size.*24.*5"):
+        score(model, params, played(1), echo(1), group_size=5)
+    with pytest.raises(ValueError, match=r"logits.*\[P, T, V\].*\(3,\)"):
+        tabular(jnp.zeros(3))
