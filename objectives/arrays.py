@@ -8,7 +8,9 @@ import numpy as np
 def accurate(x):
     """At least float32 (a sum over half-precision numbers loses them); integers and bools in the default float."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else float))
+    return x.astype(
+        jnp.promote_types(x.dtype, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float))
+    )
 
 
 def promoted(*arrays):
