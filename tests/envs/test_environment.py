@@ -1,4 +1,4 @@
-"""What every environment promises: the shapes and types of its spec, under a jitted vmap, and a state scan can carry."""
+"""What every environment promises: the shapes and types of its spec, under jit and vmap, and a state scan can carry."""
 
 import jax
 import jax.numpy as jnp
