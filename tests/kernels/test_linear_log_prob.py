@@ -1,0 +1,147 @@
+"""The chunked log-probabilities against their definition: values, gradients, and that no [tokens, V] array exists."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from rollax.kernels.linear_log_prob import linear_log_prob
+
+B, T, D, V = 3, 7, 16, 50
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (B, T, D))
+    head = jax.random.normal(keys[1], (D, V)) * 0.5
+    return hidden, head, jax.random.randint(keys[2], (B, T), 0, V)
+
+
+def loss(hidden, head, targets, temperature, **how):
+    log_prob, entropy = linear_log_prob(hidden, head, targets, temperature=temperature, **how)
+    weights = jnp.linspace(-1, 1, B * T).reshape(B, T)
+    return jnp.sum(weights * log_prob + jnp.cos(3 * weights) * entropy), (log_prob, entropy)
+
+
+value_and_grad = jax.jit(
+    jax.value_and_grad(loss, argnums=(0, 1, 3), has_aux=True), static_argnames=("chunk", "implementation")
+)
+
+
+def test_reference_is_the_definition(inputs):
+    hidden, head, targets = (np.asarray(x, np.float64) for x in inputs)
+    logits = hidden @ head / 0.7
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_prob, entropy = linear_log_prob(*inputs, temperature=0.7, implementation="reference")
+    expected = np.take_along_axis(log_probs, targets.astype(int)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(log_probs) * log_probs).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 21, 100, None])
+def test_chunks_equal_reference(inputs, chunk):
+    hidden, head, targets = inputs
+    expected = value_and_grad(hidden, head, targets, 0.7, implementation="reference")
+    actual = value_and_grad(hidden, head, targets, 0.7, chunk=chunk)
+    (_, aux), gradients = actual
+    (_, expected_aux), expected_gradients = expected
+    for a, b in zip((*aux, *gradients[:2]), (*expected_aux, *expected_gradients[:2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients[2], expected_gradients[2], rtol=1e-5)  # temperature: a sum over everything
+
+
+def test_gradients_are_finite_differences(inputs):
+    hidden, head, targets = inputs
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), "float64") for x in (hidden[:1, :3], head, 0.7)]
+        f = lambda h, w, t: linear_log_prob(h, w, targets[:1, :3], temperature=t, chunk=2)  # noqa: E731
+        assert f(*wide)[0].dtype == jnp.float64
+        check_grads(f, wide, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+def test_bfloat16_accumulates_in_float32(inputs):
+    hidden, head, targets = (inputs[0].astype(jnp.bfloat16), inputs[1].astype(jnp.bfloat16), inputs[2])
+    wide = linear_log_prob(hidden.astype(jnp.float32), head.astype(jnp.float32), targets)
+    for how in ({"implementation": "reference"}, {"chunk": 4}):
+        narrow = linear_log_prob(hidden, head, targets, **how)
+        assert all(x.dtype == jnp.float32 for x in narrow)
+        for a, b in zip(narrow, wide, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    (_, _), gradients = value_and_grad(hidden, head, targets, 1.0, chunk=4)
+    (_, _), expected = value_and_grad(hidden.astype(jnp.float32), head.astype(jnp.float32), targets, 1.0)
+    assert gradients[0].dtype == gradients[1].dtype == jnp.bfloat16
+    for a, b in zip(gradients[:2], expected[:2], strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0.03, atol=0.03)
+
+
+def sizes_in(jaxpr):
+    """The number of elements of every value in a jaxpr and all jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from sizes_in(inner)
+
+
+def test_no_array_holds_all_logits():
+    tokens, width, vocab, chunk = 1024, 8, 512, 64
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((4, 256, width), "float32"), ((width, vocab), "float32"))]
+    targets = jax.ShapeDtypeStruct((4, 256), "int32")
+
+    def gradient(implementation):
+        f = lambda h, w, t: sum(  # noqa: E731
+            x.sum() for x in linear_log_prob(h, w, t, chunk=chunk, implementation=implementation)
+        )
+        return jax.grad(f, argnums=(0, 1))
+
+    largest = {
+        name: max(sizes_in(jax.make_jaxpr(gradient(name))(*shapes, targets).jaxpr)) for name in ("reference", "xla")
+    }
+    assert largest["reference"] >= tokens * vocab
+    assert largest["xla"] <= chunk * vocab
+    temporary = {
+        name: jax.jit(gradient(name)).lower(*shapes, targets).compile().memory_analysis().temp_size_in_bytes
+        for name in ("reference", "xla")
+    }
+    assert temporary["xla"] < 4 * tokens * vocab / 2 < temporary["reference"]
+
+
+def test_vmap_over_models_and_temperatures(inputs):
+    hidden, head, targets = inputs
+    heads, temperatures = jnp.stack([head, 2 * head]), jnp.asarray([0.5, 1.5])
+    f = lambda w, t: linear_log_prob(hidden, w, targets, temperature=t, chunk=4)  # noqa: E731
+    gradient = jax.grad(lambda w, t: f(w, t)[0].sum() + f(w, t)[1].sum(), argnums=(0, 1))
+    together = jax.vmap(f)(heads, temperatures), jax.vmap(gradient)(heads, temperatures)
+    for i in range(2):
+        alone = f(heads[i], temperatures[i]), gradient(heads[i], temperatures[i])
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_targets_are_clipped_not_nan(inputs):
+    hidden, head, targets = inputs
+    for how in ({"implementation": "reference"}, {"chunk": 4}):
+        log_prob, _ = linear_log_prob(hidden, head, targets.at[0, 0].set(-7).at[0, 1].set(V + 3), **how)
+        expected, _ = linear_log_prob(hidden, head, targets.at[0, 0].set(0).at[0, 1].set(V - 1), **how)
+        np.testing.assert_array_equal(log_prob, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "fast"}, "implementation must be one of .* got 'fast'"),
+        ({"hidden": jnp.zeros((B, T, D + 1))}, r"hidden must be \[..., D\] and head \[D, V\]"),
+        ({"targets": jnp.zeros((B, T - 1), int)}, r"targets must have shape \(3, 7\)"),
+        ({"targets": jnp.zeros((B, T))}, "targets must be integers, got float32"),
+        ({"temperature": jnp.ones(3)}, r"temperature must be a scalar, got shape \(3,\)"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(inputs, change, message):
+    arguments = dict(zip(("hidden", "head", "targets"), inputs, strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        linear_log_prob(**arguments)
