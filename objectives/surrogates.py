@@ -249,8 +249,8 @@ def gspo_surrogate(
       mask: `[B, T]`, bool or 0/1.
       epsilon_low, epsilon_high: as in `clip_bounds`, may be traced.
       form: "sequence": the ratio of the whole (TRL, slime). "token": `sg(s_i) exp(log_prob - sg(log_prob))`, which
-        lets advantages differ within a sequence (verl). The same value and gradient for constant advantages under
-        seq_mean_token_mean, another gradient under token_mean.
+        gives each token the gradient of its own advantage (verl). The same value and gradient where the advantage is
+        constant over a sequence.
       dual_clip: as in `clipped_surrogate`.
 
     Returns:
