@@ -106,11 +106,12 @@ class Case:
 
     def metrics(self, name, lower, upper, *, log_ratio=None, dual_clip=None, keys=("clipfrac", "clipfrac_lower")):
         log_ratio = self.new_logp - self.old_logp if log_ratio is None else log_ratio
-        m = ob.clip_metrics(log_ratio, self.old_logp, lower, upper, self.advantage, self.mask, dual_clip=dual_clip)
+        m = CLIP_METRICS(log_ratio, self.old_logp, lower, upper, self.advantage, self.mask, dual_clip=dual_clip)
         self.out |= {f"{name}__{keys[0]}": m["clip_fraction"], f"{name}__{keys[1]}": m["dual_clip_fraction"]}
         return m
 
 
+CLIP_METRICS = jax.jit(ob.clip_metrics)
 PG = ("pg_clipfrac", "pg_clipfrac_lower")
 
 
@@ -119,18 +120,16 @@ def bandpo(c):
     for arm, bounds in ARMS.items():
         cap = 3.0 if arm.endswith("dual3") else 10.0
 
-        @jax.jit
         def all_modes(new, bounds=bounds, cap=cap):
             loss = ob.clipped_surrogate(new - c.old_logp, c.advantage, *bounds(c.old_logp), dual_clip=cap)
             modes = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
-            return {mode: ob.aggregate(loss, c.mask, mode, norm=norms.get(mode)) for mode in modes}
+            losses = {mode: ob.aggregate(loss, c.mask, mode, norm=norms.get(mode)) for mode in modes}
+            return losses, losses
 
-        losses, gradients = all_modes(c.new_logp), jax.jit(jax.jacrev(all_modes))(c.new_logp)
+        gradients, losses = jax.jit(jax.jacrev(all_modes, has_aux=True))(c.new_logp)
         for mode in losses:
-            c.out[f"bandrepo_{arm}__{mode}__loss"], c.out[f"bandrepo_{arm}__{mode}__grad"] = (
-                losses[mode],
-                gradients[mode],
-            )
+            name = f"bandrepo_{arm}__{mode}"
+            c.out |= {f"{name}__loss": losses[mode], f"{name}__grad": gradients[mode]}
         m = c.metrics(f"bandrepo_{arm}", *bounds(c.old_logp), dual_clip=cap)
         c.out[f"bandrepo_{arm}__ppo_kl"] = m["ppo_kl"]
 
