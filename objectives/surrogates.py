@@ -12,7 +12,7 @@ from rollax.objectives.arrays import accurate, check_same_shape, concrete, maske
 from rollax.objectives.band import binary_divergence
 from rollax.objectives.reduction import masked_mean
 
-LOG_RATIO_LIMIT = 20.0  # e^20 is still a float16-free, finite ratio; beyond it the exponential only overflows
+LOG_RATIO_LIMIT = 20.0  # nats, the bound that verl and BandPO put on a log-ratio before the exponential
 
 
 def _clip(x, lower, upper):

@@ -92,11 +92,19 @@ class Case:
         prefix = f"case_{case}_in_"
         self.__dict__.update({k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)})
         self.rows, self.width = self.mask.shape
-        self.out = {}
+        self.out, self.losses = {}, {}
 
     def scalar(self, name, loss):
-        """`loss(new_logp)` as `name__loss`, its gradient as `name__grad`."""
-        self.out[f"{name}__loss"], self.out[f"{name}__grad"] = jax.jit(jax.value_and_grad(loss))(self.new_logp)
+        """Note a loss: `loss(new_logp)` becomes `name__loss`, its gradient `name__grad`."""
+        self.losses[name] = loss
+
+    def differentiate(self):
+        """All losses noted and their gradients, in one compiled function."""
+        results = jax.jit(lambda new: {k: jax.value_and_grad(loss)(new) for k, loss in self.losses.items()})(
+            self.new_logp
+        )
+        for name, (value, gradient) in results.items():
+            self.out |= {f"{name}__loss": value, f"{name}__grad": gradient}
 
     def token_mean(self, name, loss):
         self.scalar(name, lambda new: ob.aggregate(loss(new), self.mask, "token_mean"))
@@ -120,17 +128,15 @@ def bandpo(c):
     for arm, bounds in ARMS.items():
         cap = 3.0 if arm.endswith("dual3") else 10.0
 
-        def all_modes(new, bounds=bounds, cap=cap):
-            loss = ob.clipped_surrogate(new - c.old_logp, c.advantage, *bounds(c.old_logp), dual_clip=cap)
-            modes = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
-            losses = {mode: ob.aggregate(loss, c.mask, mode, norm=norms.get(mode)) for mode in modes}
-            return losses, losses
+        lower, upper = bounds(c.old_logp)
 
-        gradients, losses = jax.jit(jax.jacrev(all_modes, has_aux=True))(c.new_logp)
-        for mode in losses:
-            name = f"bandrepo_{arm}__{mode}"
-            c.out |= {f"{name}__loss": losses[mode], f"{name}__grad": gradients[mode]}
-        m = c.metrics(f"bandrepo_{arm}", *bounds(c.old_logp), dual_clip=cap)
+        def loss(new, mode, lower=lower, upper=upper, cap=cap):
+            per_token = ob.clipped_surrogate(new - c.old_logp, c.advantage, lower, upper, dual_clip=cap)
+            return ob.aggregate(per_token, c.mask, mode, norm=norms.get(mode))
+
+        for mode in ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
+            c.scalar(f"bandrepo_{arm}__{mode}", functools.partial(loss, mode=mode))
+        m = c.metrics(f"bandrepo_{arm}", lower, upper, dual_clip=cap)
         c.out[f"bandrepo_{arm}__ppo_kl"] = m["ppo_kl"]
 
 
@@ -140,8 +146,7 @@ def clipped(c):
 
     c.token_mean("verl_vanilla_020_028_c3_tokenmean", lambda new: surrogate(new, dual_clip=3.0))
     c.token_mean("slime_ppo_c3_tokenmean", lambda new: surrogate(new, dual_clip=3.0))
-    m = c.metrics("verl_vanilla_020_028_c3_tokenmean", 0.8, 1.28, dual_clip=3.0, keys=PG)
-    c.out |= {f"{name[:-6]}__ppo_kl": m["ppo_kl"] for name in list(c.out) if name.startswith("verl")}
+    c.metrics("verl_vanilla_020_028_c3_tokenmean", 0.8, 1.28, dual_clip=3.0, keys=PG)
     c.seq_mean("trl_grpo", surrogate)
     c.token_mean("trl_dapo", surrogate)
     c.token_mean("trl_delta4", lambda new: surrogate(new, ratio_cap=4.0))
@@ -205,7 +210,7 @@ def soft_and_masked(c):
     rloo = ob.rloo_advantages(c.reward, c.group_id)
     c.token_mean("reinforce_rloo_tokenmean", lambda new: ob.policy_gradient(new, rloo))
     ppo_kl = ob.masked_mean(-log_ratio, c.mask)
-    c.out |= {name[:-6] + "__ppo_kl": ppo_kl for name in list(c.out) if name.startswith("verl_")}
+    c.out |= {f"{name}__ppo_kl": ppo_kl for name in c.losses if name.startswith("verl_")}
 
 
 def advantages(c):
@@ -272,6 +277,7 @@ def compute(case):
         c.__dict__.update({k: jnp.asarray(v) for k, v in c.__dict__.items() if isinstance(v, np.ndarray)})
         for part in (bandpo, clipped, sequence_level, soft_and_masked, advantages, kl_and_mismatch, preferences):
             part(c)
+        c.differentiate()
         length = jnp.asarray(GOLDEN[f"case_{case}_overlong_lengths"])
         c.out["overlong_reward_Lmax32_cache8"] = ob.overlong_penalty(length, 32, 8)
         return {name: np.asarray(value) for name, value in c.out.items()}
