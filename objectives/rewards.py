@@ -56,4 +56,4 @@ def pass_at_k(num_correct, num_samples, k):
     drawn = jnp.arange(k)
     wrong = jnp.asarray(num_samples - num_correct)[..., None] - drawn
     left = jnp.asarray(num_samples)[..., None] - drawn
-    return 1 - jnp.prod(jnp.maximum(wrong, 0) / jnp.maximum(left, 1), axis=-1)
+    return 1 - jnp.prod(wrong / jnp.maximum(left, 1), axis=-1)  # passes through 0 where fewer than k are wrong
