@@ -132,10 +132,10 @@ class Config:
     """Supervised steps that give the small transformer its start."""
     label_noise: float = 0.0
     """Share of wrong labels in the supervised start."""
-    train_questions: int = 1024
-    """Pretrained: questions to train on."""
-    held_out_questions: int = 128
-    """Pretrained: questions to hold out."""
+    train_questions: int = 0
+    """Pretrained: questions to train on; 0 takes what suits the task."""
+    held_out_questions: int = 0
+    """Pretrained: questions to hold out; 0 takes what suits the task."""
     bare: bool = False
     """Pretrained: examples as bare lines ("7 * 4 = 28") instead of "Question: ... Answer: ..."."""
     max_answer: int = 4
@@ -154,10 +154,9 @@ class Config:
     def check(self) -> None:
         """Raises ValueError for values that cannot work, before anything is computed."""
         at_least_one = ("seeds updates prompts samples mini_batches passes block micro_batches chunk eval_prompts "
-                        "eval_samples horizon vocab_size layers width heads train_questions held_out_questions "
-                        "max_answer")  # fmt: skip
+                        "eval_samples horizon vocab_size layers width heads max_answer")  # fmt: skip
         not_negative = ("lr delta kl_coefficient temperature staleness warm_start warmup label_noise control_lr "
-                        "clip_low clip_high seed")  # fmt: skip
+                        "clip_low clip_high seed train_questions held_out_questions")  # fmt: skip
         for least, fields in ((1, at_least_one), (0, not_negative)):
             for field in fields.split():
                 if not getattr(self, field) >= least:
@@ -202,7 +201,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         task="largest_of_three",
         arms=("band_kl",),
         seeds=1,
-        updates=40,
+        updates=30,
         prompts=16,
         samples=8,
         block=8,
@@ -210,6 +209,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         passes=1,
         lr=1e-5,
         warmup=4,
+        chunk=5,
         eval_prompts=64,
         eval_samples=4,
     ),
@@ -591,20 +591,20 @@ def run_pretrained(config: Config, folder: RunFolder) -> Results:
         places = named_shardings(loaded.model.axes, loaded.params, loaded.mesh)
         places = state_shardings(shapes, loaded.params, places, loaded.mesh)
         state = jax.jit(train.init, out_shardings=places)(key, loaded.params)
-        advance, evaluate = with_row_and_seed(train)
+        advance, evaluate = with_row_and_seed(train, places)
         results.append(
             run_chunks(Path(config.model).stem, [row.label], config.updates, folder, advance, evaluate, state, numbers)
         )
     return merge(results)
 
 
-def with_row_and_seed(train: Train) -> tuple[Callable, Callable]:
-    """`advance` and `evaluate` of one run, with axes of length one for row and seed on their metrics."""
+def with_row_and_seed(train: Train, places) -> tuple[Callable, Callable]:
+    """`advance` and `evaluate` of one run; the state keeps its places, the metrics get axes for row and seed."""
     lift = functools.partial(jax.tree.map, lambda x: x[None, None])
 
     def advance(state, numbers):
         state, metrics = train.advance(state, numbers)
-        return state, lift(metrics)
+        return jax.lax.with_sharding_constraint(state, places), lift(metrics)
 
     return advance, lambda state, numbers: lift(train.evaluate(state, numbers))
 

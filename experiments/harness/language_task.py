@@ -11,6 +11,9 @@ from rollax import envs
 from rollax.agents import LanguageModel, load_pretrained, make_mesh
 from rollax.envs import Environment
 
+# Questions to train on and to hold out. Calculations with one digit are few.
+COUNTS = {"products": (40, 16), "sums": (50, 20), "differences": (28, 10)}
+
 
 class LanguageTask(NamedTuple):
     """`prefix` is what all prompts begin with, ids `[F]`: a policy computes it once per batch, not once per row."""
@@ -28,8 +31,8 @@ def load_language_task(
     task: str,
     *,
     mesh: str = "",
-    train_questions: int = 512,
-    held_out_questions: int = 128,
+    train_questions: int = 0,
+    held_out_questions: int = 0,
     bare: bool = False,
     max_answer: int = 8,
     **load: Any,
@@ -40,6 +43,7 @@ def load_language_task(
       path: as in `agents.load_pretrained`.
       task: one of `envs.QUESTIONS`.
       mesh: see `parse_mesh`.
+      train_questions, held_out_questions: how many; 0 takes 1024 and 128, or what the task has (`COUNTS`).
       bare: examples as bare lines ("7 * 4 = 28"), else "Question: ... Answer: ...".
       max_answer: the most tokens of an answer, its end included.
       load: `dtype`, `remat`, ... of `agents.load_pretrained`.
@@ -48,7 +52,9 @@ def load_language_task(
     """
     if task not in envs.QUESTIONS:
         raise ValueError(f"task: expected one of {', '.join(envs.QUESTIONS)} for a pretrained model, got {task!r}")
-    questions = envs.split_questions(envs.QUESTIONS[task], train_questions, held_out_questions)
+    counts = COUNTS.get(task, (1024, 128))
+    counts = (train_questions or counts[0], held_out_questions or counts[1])
+    questions = envs.split_questions(envs.QUESTIONS[task], *counts)
     sides = (questions.train, questions.held_out)
     write: Callable = lambda question: envs.few_shot_prompt(questions.shots, question.text)  # noqa: E731
     if bare:

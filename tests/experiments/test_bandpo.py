@@ -1,0 +1,249 @@
+"""The BandPO study: every model and task runs, claims are judged, learning is real, bad values get one line."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rollax.agents import make_mesh
+from rollax.agents.pretrained import Pretrained, save_pretrained
+from rollax.agents.transformer import TransformerConfig, transformer
+from rollax.experiments import bandpo
+from rollax.experiments.bandpo import ARMS, CLAIMS, Config, Policy, make_train, numbers_of
+
+TINY = ["--updates", "2", "--chunk", "1", "--seeds", "2", "--prompts", "4", "--samples", "8", "--mini-batches", "4"]
+TINY += [
+    "--passes",
+    "1",
+    "--eval-prompts",
+    "2",
+    "--eval-samples",
+    "4",
+    "--warm-start",
+    "2",
+    "--width",
+    "16",
+    "--layers",
+    "1",
+]
+
+
+def run(tmp_path, *argv):
+    bandpo.main([*TINY, "--runs", str(tmp_path), "--name", "run", *argv])
+    folder = tmp_path / "bandpo" / "run"
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+def test_the_default_study_end_to_end(tmp_path, capsys):
+    folder, results = run(tmp_path)
+    assert set(results) == {"tabular", "transformer"}
+    assert set(results["tabular"]["rows"]) >= set(ARMS) | {"band_kl/small", "no_clip/small", "clip/stale"}
+    for model, part in results.items():
+        assert {claim["name"] for claim in part["claims"]} == {claim.name for claim in CLAIMS}
+        assert (folder / f"curves_{model}.png").read_bytes().startswith(b"\x89PNG")
+        for values in part["rows"].values():
+            assert len(values["reward"]) == 2
+            assert all(0 <= reward <= 1 for reward in values["reward"])
+    report = (folder / "report.md").read_text()
+    assert all(word in report for word in ("R5c", "curves_tabular.png"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["update"] for line in lines} == {1, 2}
+    assert json.loads((folder / "config.json").read_text())["transformer"]["lr"] == 2e-4
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("R1a", str(folder)))
+    with pytest.raises(SystemExit):  # a second run of that name does not overwrite the first
+        bandpo.main([*TINY, "--runs", str(tmp_path), "--name", "run"])
+    assert "already holds" in capsys.readouterr().err
+    assert (folder / "report.md").read_text() == report
+
+
+@pytest.mark.parametrize("task", ["sorting", "arithmetic", "countdown"])
+def test_every_task_of_the_transformer(tmp_path, task):
+    argv = ("--model", "transformer", "--task", task, "--arms", "clip", "band_kl", "--kl-coefficient", "0.01")
+    _, results = run(tmp_path, *argv, "--staleness", "1")
+    assert set(results["transformer"]["rows"]) == {"clip", "band_kl", "band_kl/small", "clip/stale", "band_kl/stale"}
+
+
+def tiny_lm():
+    config = TransformerConfig(vocab_size=320, width=32, num_layers=2, num_heads=2)
+    return config, transformer(config)
+
+
+def test_a_pretrained_model(tmp_path):
+    """A Hugging Face directory through `--model PATH`, on a mesh of all devices, with accumulated gradients."""
+    from rollax.agents.tokenizer import load_tokenizer
+    from rollax.tests.support import GOLDEN
+
+    config, model = tiny_lm()
+    tokenizer = load_tokenizer(GOLDEN / "hf_tiny" / "llama")
+    source = Pretrained(model, config, model.init(jax.random.key(0)), tokenizer, (0,), 1, 2)
+    save_pretrained(tmp_path / "model", source)
+    argv = ("--model", str(tmp_path / "model"), "--task", "products", "--bare", "--train-questions", "24")
+    argv += ("--held-out-questions", "8", "--micro-batches", "2", "--block", "2", "--mini-batches", "2", "--seeds", "1")
+    _, results = run(tmp_path, *argv, "--max-answer", "6", "--arms", "band_kl", "--mesh", "data=2,fsdp=2,tensor=2")
+    assert len(results["model"]["rows"]["band_kl"]["reward"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--arms", "band_xy"], "arms: expected some of clip, clip_higher,"),
+        (["--model", "transformer", "--task", "chess"], "task: expected one of tail_forks, sorting"),
+        (["--model", "gpt17"], "model: expected tabular, transformer, both, smollm2 or an existing path, got 'gpt17'"),
+        (["--model", "tabular", "--task", "sorting"], "task: the tabular policy knows tail_forks alone, got 'sorting'"),
+        (["--delta", "-0.1"], "delta: expected at least 0, got -0.1"),
+        (["--seeds", "0"], "seeds: expected at least 1, got 0"),
+        (["--samples", "6", "--block", "4"], "block: expected a divisor of samples=6, got 4"),
+        (["--mini-batches", "7"], "mini_batches: 7 parts do not divide the 32 blocks"),
+        (["--chunk", "3", "--updates", "7"], "chunk: expected a divisor of updates=7, got 3"),
+        (["--aggregation", "median"], "aggregation: expected one of token_mean"),
+        (["--good-prob", "0.5"], "good_prob"),
+        (["--delta", "much"], "'much'"),
+        (["--model", "{empty}", "--task", "products"], "config.json"),
+        (["--model", "{empty}", "--task", "tail_forks"], "task: expected one of largest_of_three"),
+        (["--model", "{gguf}", "--task", "products"], "GGUF"),
+    ],
+)
+def test_a_bad_value_gets_one_line_and_costs_nothing(tmp_path, capsys, argv, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03")
+    argv = [word.format(empty=tmp_path / "empty", gguf=tmp_path / "cut.gguf") for word in argv]
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert words in said
+
+
+SMALL = Config(model="tabular", updates=4, chunk=4, prompts=4, samples=8, mini_batches=4, passes=1, eval_prompts=2)
+
+
+@functools.cache
+def trained(config, arms, rows=None):
+    """States and metrics of a tabular run, `[rows, seeds]`."""
+    task = bandpo.TASKS["tail_forks"](config)
+    policy = bandpo.small_policy(config, task)
+    rows = rows or tuple(bandpo.make_rows(dataclasses.replace(config, arms=arms, staleness=0)))
+    numbers, arms = numbers_of(config, list(rows))
+    train = make_train(config, task, policy, arms, max(row.staleness for row in rows))
+    init = jax.vmap(lambda key: train.init(key, policy.start(key)))(jax.vmap(jax.random.key)(jnp.arange(2)))
+    advance = jax.vmap(jax.vmap(train.advance, in_axes=(0, None)), in_axes=(None, 0))
+    return jax.jit(advance)(init, numbers), (train, init, numbers)
+
+
+def apart(x, y, start):
+    """How far two results are from each other, as a share of how far they are from their start (Adam divides by the
+    gradient's size, so rounding in a small gradient is not small in a step)."""
+    x, y, start = map(np.asarray, (x, y, start))
+    assert np.linalg.norm(x - start) > 0
+    return np.linalg.norm(x - y) / np.linalg.norm(x - start)
+
+
+def test_rows_and_seeds_in_one_vmap_equal_single_runs():
+    (states, metrics), (train, init, numbers) = trained(SMALL, ("clip", "band_kl"))
+    single = jax.jit(train.advance)
+    for row, seed in ((0, 0), (1, 1)):
+        state, one = single(*(jax.tree.map(lambda x, i=i: x[i], tree) for tree, i in ((init, seed), (numbers, row))))
+        assert apart(states.params["logits"][row, seed], state.params["logits"], init.params["logits"][seed]) < 5e-3
+        np.testing.assert_array_equal(metrics["reward"][row, seed], one["reward"])
+
+
+def test_accumulated_gradients_equal_whole_ones():
+    for aggregation in ("token_mean", "seq_mean_token_mean"):
+        config = dataclasses.replace(SMALL, aggregation=aggregation, mini_batches=2)
+        (whole, _), (_, init, _) = trained(config, ("band_kl",))
+        (parts, _), _ = trained(dataclasses.replace(config, micro_batches=4), ("band_kl",))
+        assert apart(whole.params["logits"][0], parts.params["logits"][0], init.params["logits"]) < 5e-3
+
+
+def test_band_and_its_mask_take_the_same_steps():
+    """Up to the caps of the ratio (10 and 20), Band's gradient is DPPO's (arXiv 2602.04879)."""
+    config = dataclasses.replace(SMALL, dual_clip=1e9, upper_max=1e9, ratio_cap=1e9, delta=0.005)
+    rows = (bandpo.Row("a", "band_kl", 0.1), bandpo.Row("b", "dppo_kl", 0.1))
+    (states, metrics), (_, init, _) = trained(config, ("band_kl", "dppo_kl"), rows)
+    assert (metrics["clip_fraction"].mean(axis=-1) > 0.01).all()
+    assert apart(*states.params["logits"], init.params["logits"]) < 5e-3
+
+
+def test_staleness_samples_from_the_past():
+    rows = tuple(bandpo.Row(f"s{s}", "no_clip", 0.1, s) for s in (0, 1, 3))
+    (states, metrics), _ = trained(SMALL, ("no_clip",), rows)
+    # The first rollout comes from the start in all rows; a lag of 3 samples the first four from it.
+    np.testing.assert_array_equal(metrics["share_good"][0, :, 0], metrics["share_good"][2, :, 0])
+    np.testing.assert_array_equal(metrics["share_good"][1, :, :2], metrics["share_good"][2, :, :2])
+    assert (metrics["ratio_max"][2, :, 1:] > metrics["ratio_max"][0, :, 1:]).all()
+    for row in range(3):  # one update ago, newest first
+        assert (states.past["logits"][row, :, 0] != states.params["logits"][row]).any()
+        assert (states.past["logits"][row, :, 0] != states.past["logits"][row, :, 1]).any()
+
+
+def test_sharding_does_not_change_an_update():
+    """A language model's update on eight devices (data, fsdp, tensor) equals the one on one device."""
+    _, model = tiny_lm()
+    config = Config(model="tiny", task="products", updates=1, chunk=1, prompts=4, samples=4, block=4, mini_batches=2,
+                    passes=1, lr=1e-3, micro_batches=2, kl_coefficient=0.01)  # fmt: skip
+    config = dataclasses.replace(config, eval_prompts=2, eval_samples=4)
+    plain = bandpo.envs.sorting(3)
+
+    def step_env(key, state, action):  # a reward that an untrained model earns
+        state, step = plain.step(key, state, action)
+        return state, step._replace(reward=(action.sum() % 5).astype(jnp.float32))
+
+    env = plain._replace(step=step_env)
+    task = bandpo.Task(env, env)
+    params = model.init(jax.random.key(0))
+    numbers, arms = numbers_of(config, [bandpo.Row("band_kl", "band_kl", 1e-3)])
+    numbers = jax.tree.map(lambda x: x[0], numbers)
+
+    def step(mesh):
+        start = params if mesh is None else jax.device_put(params, bandpo.named_shardings(model.axes, params, mesh))
+        train = make_train(config, task, Policy(model, None, jnp.array([3, 5]), mesh), arms)
+        places = None
+        if mesh is not None:
+            shapes = jax.eval_shape(train.init, jax.random.key(1), params)
+            places = bandpo.named_shardings(model.axes, params, mesh)
+            places = bandpo.state_shardings(shapes, params, places, mesh)
+        state = jax.jit(train.init, out_shardings=places)(jax.random.key(1), start)
+        return jax.jit(train.advance)(state, numbers)
+
+    state, metrics = step(None)
+    sharded, sharded_metrics = step(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert not sharded.params["embed"]["embedding"].sharding.is_fully_replicated
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, params)
+    assert max(jax.tree.leaves(moved)) > 5e-4
+    for name in ("reward", "tokens", "entropy"):
+        np.testing.assert_allclose(metrics[name], sharded_metrics[name], rtol=1e-4)
+    gaps = jax.tree.map(apart, state.params, sharded.params, params)
+    # Adam's first steps are the sign of the gradient, rounding included.
+    assert max(jax.tree.leaves(gaps)) < 0.05, gaps
+
+
+def test_learning_and_its_control():
+    """Sorting after a start on 60 % wrong labels: 30 updates recover it; with shuffled rewards they destroy it."""
+    config = Config(
+        model="transformer", task="sorting", width=128, warm_start=300, label_noise=0.6, updates=30, chunk=30,
+        prompts=32, samples=16, mini_batches=2, passes=1, lr=2e-4, warmup=5, aggregation="token_mean",
+        eval_prompts=64, eval_samples=4, seeds=1,
+    )  # fmt: skip
+    task = bandpo.TASKS["sorting"](config)
+    policy = bandpo.small_policy(config, task)
+    numbers, arms = numbers_of(config, [bandpo.Row("band_kl", "band_kl", config.lr)])
+    numbers = jax.tree.map(lambda x: x[0], numbers)
+    params = jax.jit(policy.start)(jax.random.key(0))
+    held_out = {}
+    for shuffled in (False, True):
+        train = make_train(dataclasses.replace(config, shuffle_rewards=shuffled), task, policy, arms)
+        state = train.init(jax.random.key(1), params)
+        evaluate = jax.jit(train.evaluate)
+        before = float(evaluate(state, numbers)["reward"])
+        state, _ = jax.jit(train.advance)(state, numbers)
+        held_out[shuffled] = float(evaluate(state, numbers)["reward"])
+    assert 0.1 < before < 0.5, before
+    assert held_out[False] > before + 0.3, (before, held_out)
+    assert held_out[True] < before - 0.05, (before, held_out)
