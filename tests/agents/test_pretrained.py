@@ -352,3 +352,11 @@ def test_transformers_reads_what_we_write(family, tmp_path):
         expected = theirs(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
     ours, _ = jax.jit(p.model.apply)(unstack_layers(p.params), ids, positions)
     np.testing.assert_allclose(ours, expected, atol=5e-5, rtol=0)
+    if p.tokenizer is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
+        text, chat = "x<|im_end|>\n 12  <tool_call>", [{"role": "user", "content": "What is 12 + 34?"}]
+        assert tokenizer(text)["input_ids"] == p.tokenizer.encode(text)
+        assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == (
+            p.tokenizer.render_chat(chat)
+        )
+        assert tokenizer.eos_token_id == p.stop_ids[0] and tokenizer.pad_token_id == p.pad_id
