@@ -396,7 +396,7 @@ def test_shared_prefix_training_is_exact(scan_layers):
     (one, g_one), (other, g_other) = (jax.jit(jax.value_and_grad(f))(params) for f in (shared, separate))
     np.testing.assert_allclose(one, other, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(g_one), jax.tree.leaves(g_other), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))  # float32 of the largest entry
     keys = g_one["layers"]["attention"]["k"] if scan_layers else g_one["layers"][1]["attention"]["k"]
     assert float(jnp.abs(keys["kernel"]).max()) > 0.01  # the prompt's keys do carry gradient
 
@@ -416,7 +416,7 @@ def test_scanned_remat_and_plain_are_one_model():
         other, actual = gradient(model)(form)
         np.testing.assert_allclose(other, value, rtol=1e-5)
         for a, b in zip(jax.tree.leaves(unstack_layers(actual)), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4)
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
         fresh = jax.jit(lambda key, model=model: unstack_layers(model.init(key)))(jax.random.key(0))
         for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(jax.jit(plain.init)(jax.random.key(0))), strict=True):
             np.testing.assert_array_equal(a, b)
