@@ -453,8 +453,9 @@ def test_vmap_over_seeds():
         np.testing.assert_allclose(together[i], alone, atol=1e-5)
 
 
-def test_decoding_never_copies_the_cache():
-    model, params = small()
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_decoding_never_copies_the_cache(scan_layers):
+    model, params = small(scan_layers=scan_layers)
     B, S = 5, 33
 
     def decode(params, tokens, cache):
@@ -467,9 +468,10 @@ def test_decoding_never_copies_the_cache():
 
     program = jax.jit(decode, donate_argnums=2).lower(params, jnp.zeros(B, jnp.int32), model.init_cache(B, S))
     text = program.compile().as_text()
-    shape = f"f32[{B},{S},2,8]"
-    assert shape in text and "dynamic-update-slice" in text
-    assert not [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line]
+    shape = f"{B},{S},2,8]"
+    assert f"f32[{shape}" in text and "dynamic-update-slice" in text
+    assert f"f32[{SMALL.num_layers},{shape}" not in text  # never stacked
+    assert not [line for line in text.splitlines() if f"= f32[{shape}" in line and " copy(" in line]
 
 
 def test_axes_name_every_axis():
