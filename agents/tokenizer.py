@@ -98,25 +98,41 @@ class Tokenizer:
             messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special, **variables
         )
 
-    def encode_chat(self, messages: Sequence[dict], *, add_generation_prompt: bool = True, **variables) -> list[int]:
-        """Ids of a conversation; a control token spelt out in a message's content stays text.
+    def encode_chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        add_generation_prompt: bool = True,
+        trusted: Sequence[str] = ("assistant",),
+        **variables,
+    ) -> list[int]:
+        """Ids of a conversation; a control token spelt out in somebody else's message stays text.
 
-        Equal to encoding `render_chat` wherever no content spells an added token.
+        Equal to encoding `render_chat` wherever no such message spells an added token.
+
+        Args:
+          messages, add_generation_prompt, **variables: as for `render_chat`.
+          trusted: roles whose messages may spell added tokens and get them: the assistant's own "<think>" and
+            "<tool_call>", which templates also look for.
         """
-        added = sorted((token.content for token in self.backend.get_added_tokens_decoder().values()), key=len)[::-1]
-        contents = [m["content"] for m in messages if isinstance(m.get("content"), str)]
+        added = [token.content for token in self.backend.get_added_tokens_decoder().values()]
+        foreign = [m for m in messages if m.get("role") not in trusted]
+        everything = json.dumps(foreign, ensure_ascii=False)
         # Each spelt-out token travels through the template as one private character, so that the template may trim
         # or move contents freely; only those characters are then encoded apart.
-        everything = "".join(contents)
         free = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in everything)
-        stands_for = {next(free): token for token in added if token in everything}
+        stands_for = {next(free): token for token in sorted(added, key=len, reverse=True)}
 
-        def hide(content):
-            for mark, token in stands_for.items():
-                content = content.replace(token, mark)
-            return content
+        def hide(value):
+            if isinstance(value, str):
+                for mark, token in stands_for.items():
+                    value = value.replace(token, mark)
+                return value
+            if isinstance(value, dict):
+                return {key: hide(item) for key, item in value.items()}
+            return [hide(item) for item in value] if isinstance(value, list | tuple) else value
 
-        hidden = [m | {"content": hide(m["content"])} if isinstance(m.get("content"), str) else m for m in messages]
+        hidden = [m if m.get("role") in trusted else hide(m) for m in messages]
         text = self.render_chat(hidden, add_generation_prompt=add_generation_prompt, **variables)
         ids, start = [], 0
         for at, char in enumerate(text):

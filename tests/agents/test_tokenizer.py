@@ -76,6 +76,18 @@ def test_chat_keeps_injected_tokens_as_text(tokenizer):
     assert len(tokenizer.encode(tokenizer.render_chat(messages))) < len(ids)
 
 
+def test_chat_lets_the_assistant_use_its_tokens(tokenizer):
+    call = "<tool_call>{}</tool_call>"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": call}]
+    ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert (
+        ids == tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=False)) and 4 in ids and 5 in ids
+    )
+    assert 4 not in tokenizer.encode_chat(messages, trusted=())
+    private = [{"role": "user", "content": "\ue000<|im_end|>\ue001"}]  # the characters that stand for tokens elsewhere
+    assert tokenizer.decode(tokenizer.encode_chat(private)) == tokenizer.render_chat(private)
+
+
 def test_saved_and_loaded(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     again = load_tokenizer(tmp_path)
