@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rollax.agents.language_model import LanguageModel, repeat_rows
+from rollax.agents.language_model import LanguageModel, features, logits_of, repeat_rows
 
 EXCLUDED = -1e30  # a finite minus infinity: differences of excluded logits stay finite
 
@@ -107,16 +107,6 @@ def sample_token(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tupl
         return chosen - jax.nn.logsumexp(x, axis=-1)
 
     return token, log_prob(truncated), log_prob(full)
-
-
-def features(model: LanguageModel, params, tokens, positions, cache=None) -> tuple[jax.Array, Any]:
-    """What the output head reads, `[B, T, D]`; the logits themselves where the model has no head. Second: the cache."""
-    return (model.hidden or model.apply)(params, tokens, positions, cache)
-
-
-def logits_of(model: LanguageModel, params, feature: jax.Array) -> jax.Array:
-    """Next-token logits `[..., V]` from `features`."""
-    return feature @ model.head(params) if model.head is not None else feature
 
 
 def start(model: LanguageModel, params, batch: int, slots: int, prefix: jax.Array | None = None) -> tuple[Any, int]:

@@ -45,6 +45,45 @@ def repeat_rows(cache: Any, times: int) -> Any:
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, cache)
 
 
+def features(model: LanguageModel, params, tokens, positions, cache=None) -> tuple[jax.Array, Any]:
+    """What the output head reads, `[B, T, D]`, and the cache; the logits themselves where the model has no head."""
+    return (model.hidden or model.apply)(params, tokens, positions, cache)
+
+
+def logits_of(model: LanguageModel, params, feature: jax.Array) -> jax.Array:
+    """Next-token logits `[..., V]` from `features`."""
+    return feature if model.head is None else feature @ model.head(params)
+
+
+def log_prob_and_entropy(
+    model: LanguageModel,
+    params: Any,
+    feature: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs of next tokens from `features` `[B, T, D]`, with gradients and, where there is a head, without logits.
+
+    Args:
+      targets: int32 `[B, T]`. Values at padding mean nothing: mask them.
+      temperature: positive, divides the logits; may be traced.
+      chunk: tokens whose logits exist at one time, see `rollax.kernels.linear_log_prob`.
+    Returns:
+      (log_prob, entropy of the distribution), float32 `[B, T]`, nats.
+    """
+    if model.head is not None:
+        return linear_log_prob(feature, model.head(params), targets, temperature=temperature, chunk=chunk)
+    log_probs = jax.nn.log_softmax(feature.astype(jnp.promote_types(feature.dtype, jnp.float32)) / temperature)
+    ids = jnp.clip(targets, 0, model.vocab_size - 1)[..., None]
+    # A table may hold -inf for tokens that never come; 0 * -inf is 0 here, and so is its gradient.
+    possible = log_probs > -jnp.inf
+    safe = jnp.where(possible, log_probs, 0.0)
+    entropy = -jnp.sum(jnp.where(possible, jnp.exp(safe) * safe, 0.0), axis=-1)
+    return jnp.take_along_axis(log_probs, ids, axis=-1)[..., 0], entropy
+
+
 def token_log_probs(
     model: LanguageModel,
     params: Any,
@@ -56,30 +95,17 @@ def token_log_probs(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs of given next tokens, with gradients and without logits `[B, T, V]` where the model has a linear head.
+    """`log_prob_and_entropy` of a forward pass.
 
     Args:
       tokens, positions: int32 `[B, T]`, as for `model.apply`; negative positions are padding.
-      targets: int32 `[B, T]`, the token that follows each of `tokens`. Values at padding mean nothing: mask them.
+      targets: int32 `[B, T]`, the token that follows each of `tokens`.
       cache: what the tokens continue, such as a prompt's cache after `repeat_rows`; gradients flow into it. Its update
         is dropped.
-      temperature: divides the logits; may be traced.
-      chunk: tokens whose logits exist at one time, see `rollax.kernels.linear_log_prob`.
-    Returns:
-      (log_prob, entropy of the distribution), float32 `[B, T]`, nats.
     Raises:
       ValueError: shapes that do not fit.
     """
     if targets.shape != tokens.shape:
         raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
-    if model.hidden is not None:
-        hidden, _ = model.hidden(params, tokens, positions, cache)
-        return linear_log_prob(hidden, model.head(params), targets, temperature=temperature, chunk=chunk)
-    logits, _ = model.apply(params, tokens, positions, cache)
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature)
-    ids = jnp.clip(targets, 0, model.vocab_size - 1)[..., None]
-    # A table may hold -inf for tokens that never come; 0 * -inf is 0 here, and so is its gradient.
-    possible = log_probs > -jnp.inf
-    safe = jnp.where(possible, log_probs, 0.0)
-    entropy = -jnp.sum(jnp.where(possible, jnp.exp(safe) * safe, 0.0), axis=-1)
-    return jnp.take_along_axis(log_probs, ids, axis=-1)[..., 0], entropy
+    feature, _ = features(model, params, tokens, positions, cache)
+    return log_prob_and_entropy(model, params, feature, targets, temperature=temperature, chunk=chunk)

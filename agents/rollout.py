@@ -10,9 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rollax.agents.generation import Sampling, decode, features, logits_of, padded_positions, prefill, start
-from rollax.agents.language_model import LanguageModel, repeat_rows
-from rollax.kernels.linear_log_prob import linear_log_prob
+from rollax.agents.generation import Sampling, decode, padded_positions, prefill, start
+from rollax.agents.language_model import LanguageModel, features, log_prob_and_entropy, repeat_rows
 
 
 class Trajectory(NamedTuple):
@@ -221,19 +220,10 @@ def score(
     ]
     own = jnp.asarray(own)
     hidden = jnp.take_along_axis(hidden, before[:, own][..., None], axis=1)
-    log_prob, entropy = log_prob_and_entropy(model, params, hidden, tokens[:, own], temperature)
+    log_prob, entropy = log_prob_and_entropy(model, params, hidden, tokens[:, own], temperature=temperature)
 
     def scatter(x):
         blank = jnp.zeros(mask.shape, jnp.float32)
         return jnp.pad(jnp.where(mask, blank.at[:, own].set(x), 0.0), ((0, 0), (width, 0)))
 
     return scatter(log_prob), scatter(entropy)
-
-
-def log_prob_and_entropy(model: LanguageModel, params, feature, targets, temperature=1.0):
-    """Of `features` `[B, T, D]` and targets `[B, T]`: (log_prob, entropy), float32 `[B, T]`, nats."""
-    if model.head is not None:
-        return linear_log_prob(feature, model.head(params), targets, temperature=temperature)
-    log_probs = jax.nn.log_softmax(logits_of(model, params, feature).astype(jnp.float32) / temperature)
-    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0], entropy

@@ -41,14 +41,18 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.nd
     return mean, stats.t.ppf(0.5 + level / 2, values.shape[0] - 1) * stats.sem(values, axis=0)
 
 
-def save_panels(path: Path, panels: Sequence[Panel], columns: int = 3) -> None:
-    """Saves the panels as one PNG: mean and 95 % interval over seeds, one colour an arm in every panel."""
+def save_panels(path: Path, panels: Sequence[Panel], order: Sequence[str] = (), columns: int = 3) -> None:
+    """Saves the panels as one PNG: mean and 95 % interval over seeds, one colour an arm in every panel.
+
+    Args:
+      order: arms in the order of their colours, so that several figures of a study agree.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = list(dict.fromkeys(arm for panel in panels for arm in panel.curves))
+    arms = list(dict.fromkeys([*order, *(arm for panel in panels for arm in panel.curves)]))
     look = {arm: (COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]) for i, arm in enumerate(arms)}
     rows = -(-len(panels) // columns)
     with plt.rc_context(STYLE):
@@ -66,7 +70,7 @@ def save_panels(path: Path, panels: Sequence[Panel], columns: int = 3) -> None:
         handles = {
             text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(arms)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(7, len(handles)))
         figure.set_layout_engine("constrained")
         figure.savefig(path)
         plt.close(figure)

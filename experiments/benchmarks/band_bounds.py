@@ -1,0 +1,79 @@
+"""What Band's bounds cost: their time as a share of an update of the default study, beside the fixed clip's bounds.
+
+    python experiments/benchmarks/band_bounds.py
+
+The bounds of all sampled tokens of an update are computed once (BandPO, arXiv 2603.04918, reports 1.75 % of a step).
+Medians of interleaved repeats; compilation apart.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rollax import objectives
+from rollax.experiments import bandpo
+from rollax.experiments.harness.report import show
+from rollax.experiments.harness.run import use_compilation_cache
+
+REPEATS = 7
+
+
+def median_seconds(functions: dict) -> dict[str, float]:
+    """Median wall time of each function over interleaved repeats, after one call that compiles."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    times = {name: [] for name in functions}
+    for _ in range(REPEATS):
+        for name, function in functions.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - begun)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def measure(config: bandpo.Config) -> list[list[str]]:
+    """Seconds of an update of one arm (all seeds in one vmap) and of the bounds of its tokens."""
+    config = dataclasses.replace(config, arms=("band_kl",), chunk=1, updates=1, warm_start=0)
+    task = bandpo.TASKS[config.task](config)
+    policy = bandpo.small_policy(config, task)
+    numbers, arms = bandpo.numbers_of(config, [bandpo.Row("band_kl", "band_kl", config.lr)])
+    numbers = jax.tree.map(lambda x: x[0], numbers)
+    train = bandpo.make_train(config, task, policy, arms)
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+    state = jax.jit(jax.vmap(lambda key: train.init(key, policy.start(key))))(keys)
+    update = jax.jit(jax.vmap(train.advance, in_axes=(0, None)))
+    spec = task.env.spec
+    shape = (config.seeds, config.prompts * config.samples, spec.max_observation + spec.max_action)
+    old = -jax.random.exponential(jax.random.key(0), shape)
+    kinds = {
+        "band kl": lambda x: objectives.band_bounds(x, config.delta, "kl", upper_max=config.upper_max),
+        "band tv": lambda x: objectives.band_bounds(x, config.delta, "tv", upper_max=config.upper_max),
+        "band chi2": lambda x: objectives.band_bounds(x, config.delta, "chi2", upper_max=config.upper_max),
+        "clip": lambda x: bandpo.fixed(x, 0.2, 0.2),
+    }
+    compiled = {name: jax.jit(bounds) for name, bounds in kinds.items()}
+    functions = {"update": lambda: update(state, numbers)}
+    functions |= {name: lambda f=f: f(old) for name, f in compiled.items()}
+    seconds = median_seconds(functions)
+    whole = seconds.pop("update")
+    return [
+        [f"{config.model}, {name}", f"{1e3 * s:.3f}", f"{1e3 * whole:.1f}", f"{100 * s / whole:.2f} %"]
+        for name, s in seconds.items()
+    ]
+
+
+def main() -> None:
+    use_compilation_cache()
+    lines = [line for config in bandpo.configs_of([]) for line in measure(config)]
+    show(
+        f"bounds of an update, {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        ["", "bounds, ms", "update, ms", "share"],
+        lines,
+    )
+
+
+if __name__ == "__main__":
+    main()
