@@ -1,7 +1,7 @@
 """Pretrained weights in and out: Hugging Face directories and GGUF files, straight onto a mesh.
 
-Every tensor of the file must be used exactly once and have the expected shape; each is placed with its own sharding as
-it is read, so that no host and no device ever holds more than its part and one tensor.
+Every tensor of the file must be used exactly once and have the expected shape. Each parameter is placed with its own
+sharding as it is read: beside what its devices keep, a host holds one parameter (all its layers where they are stacked).
 """
 
 import dataclasses
@@ -91,9 +91,10 @@ def packaged_path(name: str) -> Path:
 
 def place(value: np.ndarray, dtype, sharding) -> jax.Array:
     """One parameter on its devices, converted to `dtype` piece by piece; `value` may be a view of a mapped file."""
+    # Always a copy: an array that aliased the mapped file would change, or crash, with the file.
     if sharding is None:
-        return jnp.asarray(np.ascontiguousarray(value, dtype))
-    return jax.make_array_from_callback(value.shape, sharding, lambda at: np.ascontiguousarray(value[at], dtype))
+        return jnp.asarray(np.array(value, dtype, order="C"))
+    return jax.make_array_from_callback(value.shape, sharding, lambda at: np.array(value[at], dtype, order="C"))
 
 
 def load_params(source: Source, config: TransformerConfig, model: LanguageModel, mesh=None, rules=None) -> Any:

@@ -165,6 +165,16 @@ def test_tensors_that_do_not_fit_are_named(scan_layers, tmp_path):
             load_pretrained(directory, scan_layers=scan_layers)
 
 
+def test_weights_do_not_depend_on_the_file_afterwards(tmp_path):
+    directory = copy_of("llama", tmp_path / "x")
+    p = load_pretrained(directory)
+    file = directory / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    for a, b in zip(*(jax.tree.leaves(q.params) for q in (p, load_pretrained(GOLDEN / "llama"))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_an_untied_model_needs_its_head(tmp_path):
     directory = copy_of("llama", tmp_path / "x")
     edit(directory / "config.json", lambda c: c | {"tie_word_embeddings": False})
