@@ -1,7 +1,7 @@
 """Pretrained weights in and out: Hugging Face directories and GGUF files, straight onto a mesh.
 
 Every tensor of the file must be used exactly once and have the expected shape. Each parameter is placed with its own
-sharding as it is read: beside what its devices keep, a host holds one parameter (all its layers where they are stacked).
+sharding as it is read: beside what its devices keep, a host holds one parameter (all layers of it where stacked).
 """
 
 import dataclasses
