@@ -168,6 +168,7 @@ def decode(
         raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
     batch = keys.shape[0]
     stops = jnp.asarray(stop_ids, jnp.int32)
+    params = model.for_decoding(params)
     alive = jnp.ones(batch, bool) if active is None else active
 
     def sample(step, logits, alive):

@@ -29,6 +29,8 @@ class LanguageModel(NamedTuple):
       head: `head(params) -> [D, V]`, so that `logits = hidden @ head`; None as above.
       axes: a tree like params, each leaf a tuple of logical axis names (`agents.sharding`).
       vocab_size: V.
+      for_decoding: `for_decoding(params) -> params`, the form that one-token steps run fastest on (a stack of layers
+        taken apart); all functions take both forms.
     """
 
     init: Callable[..., Any]
@@ -38,6 +40,7 @@ class LanguageModel(NamedTuple):
     head: Callable[..., Any] | None
     axes: Any
     vocab_size: int
+    for_decoding: Callable[[Any], Any] = lambda params: params
 
 
 def repeat_rows(cache: Any, times: int) -> Any:

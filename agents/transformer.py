@@ -433,4 +433,4 @@ def transformer(config: TransformerConfig) -> LanguageModel:
         # float32 logits even of a bfloat16 model: a rounded log-probability is noise in every ratio built on it.
         return jnp.einsum("btd,dv->btv", x, head(params), preferred_element_type=island(dtype)), cache
 
-    return LanguageModel(init, apply, init_cache, hidden, head, transformer_axes(config), V)
+    return LanguageModel(init, apply, init_cache, hidden, head, transformer_axes(config), V, unstack_layers)

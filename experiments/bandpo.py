@@ -9,7 +9,7 @@ and seeds in one program, and judges the claims R1 to R5.
     python experiments/bandpo.py --model tabular --arms clip band_kl --delta 0.02
     python experiments/bandpo.py --model smollm2 --task largest_of_three
 
-Results come to runs/bandpo/NAME/: report.md, results.json, curves as PNG, metrics.jsonl.
+Results come to runs/bandpo/NAME/: report.md, results.json, curves as PNG, metrics.jsonl, every metric as NPZ.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from rollax.experiments.harness.figures import Panel, save_panels
 from rollax.experiments.harness.language_task import load_language_task
 from rollax.experiments.harness.loop import Results, early, final, gap, late, merge, run_chunks
 from rollax.experiments.harness.report import VERDICT_HEAD, cell, markdown, show, verdict_lines
-from rollax.experiments.harness.run import RunFolder, one_line_errors, parse, use_compilation_cache
+from rollax.experiments.harness.run import RunFolder, interruptible, one_line_errors, parse, use_compilation_cache
 from rollax.objectives.reduction import MODES
 
 SMALL = ("tabular", "transformer")
@@ -61,7 +61,7 @@ class Config:
     task: str = "tail_forks"
     """For the transformer also sorting, arithmetic, countdown; for a pretrained model one of envs.QUESTIONS."""
     arms: tuple[str, ...] = ()
-    """Objectives to compare (see ARMS); all of them when empty."""
+    """Objectives to compare (see ARMS); the preset of the model when empty."""
     seeds: int = 10
     """Seeds, the unit of every interval, in one vmap."""
     seed: int = 0
@@ -193,29 +193,20 @@ class Config:
 # The transformer is slower than the table, so it runs the arms that the claims need. A pretrained model fills the
 # machine: one arm, one seed, few large updates.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tabular": {},
+    "tabular": dict(
+        arms=("clip", "clip_higher", "dcpo", "band_kl", "band_tv", "band_chi2", "band_kl_relax", "band_kl_upper",
+              "dppo_kl", "dppo_tv", "no_clip"),
+    ),
     "transformer": dict(
         lr=2e-4,
         staleness=0,
         arms=("clip", "clip_higher", "band_kl", "band_tv", "band_chi2", "band_kl_relax", "no_clip"),
     ),
     "pretrained": dict(
-        task="largest_of_three",
-        arms=("band_kl",),
-        seeds=1,
-        updates=30,
-        prompts=16,
-        samples=8,
-        block=8,
-        mini_batches=2,
-        passes=1,
-        lr=1e-5,
-        warmup=4,
-        chunk=5,
-        eval_prompts=64,
-        eval_samples=4,
+        task="largest_of_three", arms=("band_kl",), seeds=1, updates=30, chunk=5, prompts=16, samples=8, block=8,
+        mini_batches=2, passes=1, lr=1e-5, warmup=4, eval_prompts=64, eval_samples=4,
     ),
-}
+}  # fmt: skip
 
 
 # --- Arms: the paper's comparison -----------------------------------------------------------------------------------
@@ -289,6 +280,11 @@ ARMS: dict[str, Arm] = {
     "dppo_kl": Arm(band("kl"), masked("kl")),
     "dppo_tv": Arm(band("tv"), masked("tv")),
     "no_clip": Arm(lambda old, n: fixed(old, 1.0, jnp.inf), unclipped),
+    # Not in the paper, so only on request: the other divergences, whose bounds are found by bisection.
+    "band_rkl": Arm(band("rkl"), clipped),
+    "band_neyman": Arm(band("neyman"), clipped),
+    "band_hellinger": Arm(band("hellinger"), clipped),
+    "band_js": Arm(band("js"), clipped),
 }
 
 
@@ -337,6 +333,26 @@ def small_policy(config: Config, task: Task) -> Policy:
         return Policy(model, model.init)
     model = transformer(TransformerConfig(len(task.env.spec.vocab), config.width, config.layers, config.heads))
     return Policy(model, functools.partial(warm_start, model=model, task=task, config=config))
+
+
+def prepare(config: Config) -> tuple[Task, Policy]:
+    """The task and the policy of a configuration; all that can be wrong with files and names comes out here."""
+    if config.model in SMALL:
+        task = TASKS[config.task](config)
+        return task, small_policy(config, task)
+    loaded = load_language_task(
+        config.model,
+        config.task,
+        mesh=config.mesh,
+        train_questions=config.train_questions,
+        held_out_questions=config.held_out_questions,
+        bare=config.bare,
+        max_answer=config.max_answer,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+    policy = Policy(loaded.model, lambda key: loaded.params, loaded.prefix, loaded.mesh)
+    return Task(loaded.env, loaded.held_out), policy
 
 
 def warm_start(key, *, model: LanguageModel, task: Task, config: Config):
@@ -534,7 +550,7 @@ class Row(NamedTuple):
 
 def make_rows(config: Config) -> list[Row]:
     """All arms; Band and no clipping with small updates, where they must agree; the main arms with stale samples."""
-    arms = dict.fromkeys(config.arms or ARMS)
+    arms = dict.fromkeys(config.arms)
     rows = [Row(arm, arm, config.lr) for arm in arms]
     if config.model not in SMALL:
         return rows
@@ -551,10 +567,8 @@ def numbers_of(config: Config, rows: list[Row]) -> tuple[Numbers, tuple[str, ...
     return jax.tree.map(lambda *x: jnp.asarray(np.array(x)), *each), arms
 
 
-def run_small(config: Config, folder: RunFolder) -> Results:
+def run_small(config: Config, task: Task, policy: Policy, folder: RunFolder) -> Results:
     """All rows and seeds in one program: `vmap` over rows of `vmap` over seeds."""
-    task = TASKS[config.task](config)
-    policy = small_policy(config, task)
     rows = make_rows(config)
     numbers, arms = numbers_of(config, rows)
     train = make_train(config, task, policy, arms, max(row.staleness for row in rows))
@@ -568,31 +582,19 @@ def run_small(config: Config, folder: RunFolder) -> Results:
     return run_chunks(config.model, labels, config.updates, folder, advance, evaluate, state, numbers)
 
 
-def run_pretrained(config: Config, folder: RunFolder) -> Results:
+def run_pretrained(config: Config, task: Task, policy: Policy, folder: RunFolder) -> Results:
     """A model that fills the devices: one row after the other, one seed."""
-    loaded = load_language_task(
-        config.model,
-        config.task,
-        mesh=config.mesh,
-        train_questions=config.train_questions,
-        held_out_questions=config.held_out_questions,
-        bare=config.bare,
-        max_answer=config.max_answer,
-        dtype=config.dtype,
-        remat=config.remat,
-    )
-    task = Task(loaded.env, loaded.held_out)
-    policy = Policy(loaded.model, lambda key: loaded.params, loaded.prefix, loaded.mesh)
     key, results = jax.random.key(config.seed), []
+    params = policy.start(key)
     for row in make_rows(config):
         numbers, arms = numbers_of(config, [row])
         numbers = jax.tree.map(lambda x: x[0], numbers)
         train = make_train(config, task, policy, arms)
         # The optimiser's state lies where its parameters lie.
-        shapes = jax.eval_shape(train.init, key, loaded.params)
-        places = named_shardings(loaded.model.axes, loaded.params, loaded.mesh)
-        places = state_shardings(shapes, loaded.params, places, loaded.mesh)
-        state = jax.jit(train.init, out_shardings=places)(key, loaded.params)
+        shapes = jax.eval_shape(train.init, key, params)
+        places = named_shardings(policy.model.axes, params, policy.mesh)
+        places = state_shardings(shapes, params, places, policy.mesh)
+        state = jax.jit(train.init, out_shardings=places)(key, params)
         advance, evaluate = with_row_and_seed(train, places)
         results.append(
             run_chunks(Path(config.model).stem, [row.label], config.updates, folder, advance, evaluate, state, numbers)
@@ -698,7 +700,7 @@ def save_curves(path: Path, results: Results) -> None:
 
 
 def report(folder: RunFolder, everything: dict[str, Results]) -> None:
-    """Tables to the terminal and to report.md, numbers to results.json, curves as PNG."""
+    """Tables to the terminal and to report.md, numbers to results.json and (all metrics) NPZ files, curves as PNG."""
     text, saved = ["# BandPO (arXiv 2603.04918)", ""], {}
     for model, results in everything.items():
         seeds = next(iter(results.train.values()))["reward"].shape[0]
@@ -723,6 +725,9 @@ def report(folder: RunFolder, everything: dict[str, Results]) -> None:
             "rows": {row: {name: f(results, row) for name, f in columns.items()} for row in results.train},
             "seconds": results.seconds,
         }
+        for part, values in (("train", results.train), ("held_out", results.held_out)):
+            arrays = {f"{row}:{name}": value for row, metrics in values.items() for name, value in metrics.items()}
+            np.savez_compressed(folder.path / f"{part}_{model}.npz", **arrays)
     folder.write_json("results.json", saved)
     folder.write_text("report.md", "\n".join(text))
 
@@ -745,13 +750,15 @@ def main(argv: list[str] | None = None) -> None:
     use_compilation_cache()
     configs = configs_of(argv)
     with one_line_errors():
+        prepared = [prepare(config) for config in configs]
         folder = RunFolder(configs[0].runs, "bandpo", configs[0].name, {config.model: config for config in configs})
-        print(f"results: {folder.path}")
+    print(f"results: {folder.path}")
+    with interruptible(folder):
         everything = {}
-        for config in configs:
-            name = Path(config.model).stem or config.model
-            everything[name] = (run_small if config.model in SMALL else run_pretrained)(config, folder)
-    report(folder, everything)
+        for config, (task, policy) in zip(configs, prepared, strict=True):
+            run = run_small if config.model in SMALL else run_pretrained
+            everything[Path(config.model).stem] = run(config, task, policy, folder)
+        report(folder, everything)
     print(f"report: {folder.path / 'report.md'}")
 
 

@@ -24,7 +24,7 @@ from rollax.experiments.harness.claims import Claim, judge
 from rollax.experiments.harness.figures import Panel, save_panels
 from rollax.experiments.harness.loop import Results, final, run_chunks
 from rollax.experiments.harness.report import VERDICT_HEAD, markdown, show, verdict_lines
-from rollax.experiments.harness.run import RunFolder, one_line_errors, parse, use_compilation_cache
+from rollax.experiments.harness.run import RunFolder, interruptible, one_line_errors, parse, use_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     with one_line_errors():
         folder = RunFolder(config.runs, "ppo_cartpole", config.name, config)
-    results = run(config, folder)
+    with interruptible(folder):
+        results = run(config, folder)
     judged = [judge(claim, results) for claim in CLAIMS]
     updates = np.arange(1, config.updates + 1)
     panels = [

@@ -37,8 +37,7 @@ def median_seconds(functions: dict) -> dict[str, float]:
 def measure(config: bandpo.Config) -> list[list[str]]:
     """Seconds of an update of one arm (all seeds in one vmap) and of the bounds of its tokens."""
     config = dataclasses.replace(config, arms=("band_kl",), chunk=1, updates=1, warm_start=0)
-    task = bandpo.TASKS[config.task](config)
-    policy = bandpo.small_policy(config, task)
+    task, policy = bandpo.prepare(config)
     numbers, arms = bandpo.numbers_of(config, [bandpo.Row("band_kl", "band_kl", config.lr)])
     numbers = jax.tree.map(lambda x: x[0], numbers)
     train = bandpo.make_train(config, task, policy, arms)

@@ -66,6 +66,16 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error).strip().splitlines()[0])
 
 
+@contextlib.contextmanager
+def interruptible(folder: "RunFolder") -> Iterator[None]:
+    """Ends a run on Ctrl-C with one line that says where its metrics are."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: the metrics so far are in {folder.path}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def plain(value: Any) -> Any:
     """A tree of arrays and dataclasses as what JSON knows; numbers that JSON does not know become null."""
     if is_dataclass(value) and not isinstance(value, type):

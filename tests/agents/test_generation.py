@@ -1,5 +1,6 @@
 """Generation: greedy decoding, the sampler's log-probs, truncation, stops, and what must not change a row."""
 
+import dataclasses
 import functools
 
 import chex
@@ -149,7 +150,10 @@ def test_early_exit_leaves_the_loop(lm):
 
 def test_truncation():
     logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.06, 0.04]]))
-    kept = lambda **options: np.asarray(truncate_logits(logits, Sampling(**options))[0] > EXCLUDED / 2)
+
+    def kept(**options):
+        return np.asarray(truncate_logits(logits, Sampling(**options))[0] > EXCLUDED / 2)
+
     np.testing.assert_array_equal(kept(top_k=1), [1, 0, 0, 0, 0])
     np.testing.assert_array_equal(kept(top_k=2), [1, 1, 1, 0, 0])  # ties stay
     np.testing.assert_array_equal(kept(top_p=0.5), [1, 0, 0, 0, 0])
@@ -208,3 +212,14 @@ def test_bad_input(lm, options, message):
     model, params = lm
     with pytest.raises(ValueError, match=message):
         generate(model, params, keys(3), PROMPTS, LENGTHS, **({"max_new_tokens": 4} | options))
+
+
+def test_a_scanned_stack_decodes_like_a_tuple_of_layers(lm):
+    """One key gives both forms the same numbers; the loop takes the stack apart once."""
+    _, params = lm
+    scanned = transformer(dataclasses.replace(CONFIG, scan_layers=True))
+    stacked = jax.tree.map(lambda x: 3 * x, scanned.init(jax.random.key(0)))
+    run = jax.jit(lambda p: generate(scanned, p, keys(3), PROMPTS, LENGTHS, max_new_tokens=6))
+    expected = sampler()(params, keys(3), PROMPTS, LENGTHS)
+    np.testing.assert_array_equal(run(stacked).tokens, expected.tokens)
+    np.testing.assert_allclose(run(stacked).log_prob, expected.log_prob, atol=1e-5)

@@ -12,7 +12,7 @@ from rollax.agents.generation import Sampling
 from rollax.agents.rollout import rollout, score
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
-from rollax.envs.environment import Environment, Step, TokenSpec, Tokens
+from rollax.envs.environment import Environment, Step, Tokens, TokenSpec
 
 VOCAB, STOP = 11, 10
 
@@ -153,7 +153,10 @@ def test_rows_depend_on_their_index_alone():
 
 def test_vmap_over_seeds_equals_a_loop():
     model, params = lm()
-    play = lambda key: rollout(key, model, params, echo(3), num_prompts=2, group_size=2, early_exit=False)
+
+    def play(key):
+        return rollout(key, model, params, echo(3), num_prompts=2, group_size=2, early_exit=False)
+
     keys = jax.random.split(jax.random.key(0), 3)
     together = jax.jit(jax.vmap(play))(keys)
     one = jax.jit(play)
@@ -188,7 +191,7 @@ def test_tabular_policy_speaks_the_protocol():
 
 def test_bad_input():
     model, params = lm()
-    with pytest.raises(ValueError, match="group_size.*24.*5"):
+    with pytest.raises(ValueError, match=r"group_size.*24.*5"):
         score(model, params, played(1), echo(1), group_size=5)
     with pytest.raises(ValueError, match=r"logits.*\[P, T, V\].*\(3,\)"):
         tabular(jnp.zeros(3))

@@ -13,7 +13,7 @@ from rollax.agents import make_mesh
 from rollax.agents.pretrained import Pretrained, save_pretrained
 from rollax.agents.transformer import TransformerConfig, transformer
 from rollax.experiments import bandpo
-from rollax.experiments.bandpo import ARMS, CLAIMS, Config, Policy, make_train, numbers_of
+from rollax.experiments.bandpo import CLAIMS, Config, Policy, make_train, numbers_of
 
 TINY = ["--updates", "2", "--chunk", "1", "--seeds", "2", "--prompts", "4", "--samples", "8", "--mini-batches", "4"]
 TINY += [
@@ -41,7 +41,14 @@ def run(tmp_path, *argv):
 def test_the_default_study_end_to_end(tmp_path, capsys):
     folder, results = run(tmp_path)
     assert set(results) == {"tabular", "transformer"}
-    assert set(results["tabular"]["rows"]) >= set(ARMS) | {"band_kl/small", "no_clip/small", "clip/stale"}
+    assert set(results["tabular"]["rows"]) >= {
+        "clip",
+        "dcpo",
+        "dppo_tv",
+        "band_kl/small",
+        "no_clip/small",
+        "clip/stale",
+    }
     for model, part in results.items():
         assert {claim["name"] for claim in part["claims"]} == {claim.name for claim in CLAIMS}
         assert (folder / f"curves_{model}.png").read_bytes().startswith(b"\x89PNG")
@@ -119,6 +126,7 @@ def test_a_bad_value_gets_one_line_and_costs_nothing(tmp_path, capsys, argv, wor
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert words in said
+    assert not (tmp_path / "bandpo").exists()
 
 
 SMALL = Config(model="tabular", updates=4, chunk=4, prompts=4, samples=8, mini_batches=4, passes=1, eval_prompts=2)
@@ -127,8 +135,7 @@ SMALL = Config(model="tabular", updates=4, chunk=4, prompts=4, samples=8, mini_b
 @functools.cache
 def trained(config, arms, rows=None):
     """States and metrics of a tabular run, `[rows, seeds]`."""
-    task = bandpo.TASKS["tail_forks"](config)
-    policy = bandpo.small_policy(config, task)
+    task, policy = bandpo.prepare(config)
     rows = rows or tuple(bandpo.make_rows(dataclasses.replace(config, arms=arms, staleness=0)))
     numbers, arms = numbers_of(config, list(rows))
     train = make_train(config, task, policy, arms, max(row.staleness for row in rows))
@@ -231,8 +238,7 @@ def test_learning_and_its_control():
         prompts=32, samples=16, mini_batches=2, passes=1, lr=2e-4, warmup=5, aggregation="token_mean",
         eval_prompts=64, eval_samples=4, seeds=1,
     )  # fmt: skip
-    task = bandpo.TASKS["sorting"](config)
-    policy = bandpo.small_policy(config, task)
+    task, policy = bandpo.prepare(config)
     numbers, arms = numbers_of(config, [bandpo.Row("band_kl", "band_kl", config.lr)])
     numbers = jax.tree.map(lambda x: x[0], numbers)
     params = jax.jit(policy.start)(jax.random.key(0))
