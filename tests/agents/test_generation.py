@@ -112,7 +112,7 @@ def test_sharding_does_not_change_a_row(lm):
         *jax.device_put((keys(8), prompts, lengths), rows),
     )
     np.testing.assert_array_equal(sharded.tokens, expected.tokens)
-    np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=1e-5)
+    np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=1e-4)
 
 
 def test_stop_tokens_end_a_row(lm):
