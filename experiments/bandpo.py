@@ -62,7 +62,7 @@ class Config:
     """For the transformer also sorting, arithmetic, countdown; for a pretrained model one of envs.QUESTIONS."""
     arms: tuple[str, ...] = ()
     """Objectives to compare (see ARMS); the preset of the model when empty."""
-    seeds: int = 10
+    seeds: int = 16
     """Seeds, the unit of every interval, in one vmap."""
     seed: int = 0
     """The first seed."""
