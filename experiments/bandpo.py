@@ -710,7 +710,7 @@ def report(folder: RunFolder, everything: dict[str, Results]) -> None:
             if name != "pass@4" or "pass@4" in next(iter(results.held_out.values()))
         }
         lines = [[row, *(cell(f(results, row)) for f in columns.values())] for row in results.train]
-        judged = verdicts(results)
+        judged = verdicts(results) if seeds > 1 else []
         title = f"{model}: mean ± half the 95 % interval over {seeds} seeds" if seeds > 1 else f"{model}: one seed"
         save_curves(folder.path / f"curves_{model}.png", results)
         spent = ", ".join(f"{name} {value:.0f} s" for name, value in results.seconds.items())
