@@ -256,7 +256,8 @@ def fixed(old, low, high):
 
 
 def band(divergence):
-    return lambda old, n: objectives.band_bounds(old, n.delta, divergence, upper_max=n.upper_max)
+    # Six Newton steps are one more than float64 needs.
+    return lambda old, n: objectives.band_bounds(old, n.delta, divergence, upper_max=n.upper_max, newton_steps=6)
 
 
 def band_relaxed(old, n):

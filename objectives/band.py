@@ -220,7 +220,7 @@ def _check_delta(delta):
 # --- Public functions ------------------------------------------------------------------------------------------------
 
 
-def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_steps=6):
+def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_steps=12):
     """Ratio interval that keeps a token inside an f-divergence ball (BandPO, arXiv 2603.04918, Theorem 1).
 
     Args:
@@ -232,7 +232,7 @@ def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_s
         "js", or a name given to `register_divergence`.
       upper_max: cap on the upper bound, >= 1 (the paper's runs use 10), may be traced.
       newton_steps: Newton steps of "kl". Five reach float64 rounding for every p in [1e-12, 1 - 1e-7] and delta in
-        [1e-6, 50]. The other divergences are closed forms or bisect to the last bit.
+        [1e-6, 50], so a training loop may ask for fewer. The others are closed forms or bisect to the last bit.
 
     Returns:
       (lower, upper) with `0 <= lower <= 1 <= upper <= min(1/p, upper_max)`, both `[...]`, float32 or wider, gradients

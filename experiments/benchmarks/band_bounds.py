@@ -48,10 +48,10 @@ def measure(config: bandpo.Config) -> list[list[str]]:
     shape = (config.seeds, config.prompts * config.samples, spec.max_observation + spec.max_action)
     old = -jax.random.exponential(jax.random.key(0), shape)
     kinds = {
-        "band kl": lambda x: objectives.band_bounds(x, config.delta, "kl", upper_max=config.upper_max),
-        "band tv": lambda x: objectives.band_bounds(x, config.delta, "tv", upper_max=config.upper_max),
-        "band chi2": lambda x: objectives.band_bounds(x, config.delta, "chi2", upper_max=config.upper_max),
-        "clip": lambda x: bandpo.fixed(x, 0.2, 0.2),
+        "band_kl, 12 Newton steps": lambda x: objectives.band_bounds(x, config.delta, "kl", upper_max=config.upper_max),
+    } | {
+        arm: lambda x, arm=arm: bandpo.ARMS[arm].bounds(x, numbers)
+        for arm in ("band_kl", "band_tv", "band_chi2", "clip")
     }
     compiled = {name: jax.jit(bounds) for name, bounds in kinds.items()}
     functions = {"update": lambda: update(state, numbers)}

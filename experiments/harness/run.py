@@ -166,7 +166,9 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in `.cache/jax` of the repository, or where JAX_COMPILATION_CACHE_DIR says."""
+    """Keeps compiled programs in `.cache/jax` of the checkout (else of the home), or in JAX_COMPILATION_CACHE_DIR."""
+    root = Path(__file__).parents[2]
+    root = root if (root / "pyproject.toml").is_file() else Path.home()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[2] / ".cache" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(root / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
