@@ -1,7 +1,7 @@
 """Models and how they act: language models, pretrained weights, generation, rollouts."""
 
 from rollax.agents.generation import Generation, Sampling, generate
-from rollax.agents.language_model import LanguageModel, repeat_rows
+from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary
 from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
 from rollax.agents.rollout import Trajectory, demonstrate, rollout, score
 from rollax.agents.sharding import batch_sharding, make_mesh, named_shardings, state_shardings
@@ -22,6 +22,7 @@ __all__ = [
     "make_mesh",
     "named_shardings",
     "repeat_rows",
+    "restrict_vocabulary",
     "rollout",
     "save_pretrained",
     "score",

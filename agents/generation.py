@@ -23,13 +23,11 @@ class Sampling(NamedTuple):
       temperature: divides the logits; 0 takes the most likely token.
       top_k: keep the k most likely tokens; None keeps all, and saves the sort.
       top_p: then keep the smallest set of most likely tokens whose probability reaches p; None keeps all.
-      num_tokens: static; ids from here on are never sampled (padding rows of an embedding); None allows all.
     """
 
     temperature: jax.Array | float = 1.0
     top_k: jax.Array | int | None = None
     top_p: jax.Array | float | None = None
-    num_tokens: int | None = None
 
 
 class Generation(NamedTuple):
@@ -81,8 +79,6 @@ def truncate_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     At least the most likely token stays. Tokens tied with the k-th (or with the last of the nucleus) stay too.
     """
-    if sampling.num_tokens is not None:
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.num_tokens, logits, EXCLUDED)
     if sampling.top_k is None and sampling.top_p is None:
         return logits
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
@@ -92,7 +88,8 @@ def truncate_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         kept = jnp.broadcast_to(rank < sampling.top_k, ordered.shape)
     if sampling.top_p is not None:
         probs = jax.nn.softmax(jnp.where(kept, ordered, EXCLUDED), axis=-1)
-        kept &= (jnp.cumsum(probs, axis=-1) - probs < sampling.top_p) | (rank == 0)
+        # Rounding lets a long sum reach 1 early; p = 1 still means all.
+        kept &= (jnp.cumsum(probs, axis=-1) - probs < sampling.top_p) | (rank == 0) | (sampling.top_p >= 1)
     threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, EXCLUDED)
 

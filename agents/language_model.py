@@ -55,7 +55,30 @@ def features(model: LanguageModel, params, tokens, positions, cache=None) -> tup
 
 def logits_of(model: LanguageModel, params, feature: jax.Array) -> jax.Array:
     """Next-token logits `[..., V]` from `features`."""
-    return feature if model.head is None else feature @ model.head(params)
+    if model.head is None:
+        return feature
+    # At least float32, as training forms them: rounded to bfloat16, sampled and trained distributions would differ.
+    wide = jnp.promote_types(feature.dtype, jnp.float32)
+    return jnp.matmul(feature, model.head(params), preferred_element_type=wide)
+
+
+def restrict_vocabulary(model: LanguageModel, size: int) -> LanguageModel:
+    """The model over its first `size` ids alone, in sampling and training alike: published embeddings are padded.
+
+    Raises:
+      ValueError: a size outside 1..V.
+    """
+    if not 1 <= size <= model.vocab_size:
+        raise ValueError(f"size: expected 1 to {model.vocab_size}, got {size}")
+    if size == model.vocab_size:
+        return model
+
+    def apply(*args):
+        logits, cache = model.apply(*args)
+        return logits[..., :size], cache
+
+    head = model.head and (lambda params: model.head(params)[:, :size])
+    return model._replace(apply=apply, head=head, vocab_size=size)
 
 
 def log_prob_and_entropy(
@@ -81,7 +104,7 @@ def log_prob_and_entropy(
     log_probs = jax.nn.log_softmax(feature.astype(jnp.promote_types(feature.dtype, jnp.float32)) / temperature)
     ids = jnp.clip(targets, 0, model.vocab_size - 1)[..., None]
     # A table may hold -inf for tokens that never come; 0 * -inf is 0 here, and so is its gradient.
-    possible = log_probs > -jnp.inf
+    possible = log_probs != -jnp.inf
     safe = jnp.where(possible, log_probs, 0.0)
     entropy = -jnp.sum(jnp.where(possible, jnp.exp(safe) * safe, 0.0), axis=-1)
     return jnp.take_along_axis(log_probs, ids, axis=-1)[..., 0], entropy

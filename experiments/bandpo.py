@@ -153,6 +153,9 @@ class Config:
 
     def check(self) -> None:
         """Raises ValueError for values that cannot work, before anything is computed."""
+        if self.model not in SMALL and self.model != "smollm2" and not Path(self.model).exists():
+            known = ", ".join((*SMALL, "both", "smollm2"))
+            raise ValueError(f"model: expected {known} or an existing path, got {self.model!r}")
         at_least_one = ("seeds updates prompts samples mini_batches passes block micro_batches chunk eval_prompts "
                         "eval_samples horizon vocab_size layers width heads max_answer")  # fmt: skip
         not_negative = ("lr delta kl_coefficient staleness warm_start warmup label_noise control_lr "
@@ -161,8 +164,17 @@ class Config:
             for field in fields.split():
                 if not getattr(self, field) >= least:
                     raise ValueError(f"{field}: expected at least {least}, got {getattr(self, field)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected above 0, got {self.temperature}")
+        for field in ("temperature", "max_grad_norm", "ratio_cap"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}: expected above 0, got {getattr(self, field)}")
+        for field in ("upper_max", "dual_clip"):
+            if not getattr(self, field) >= 1:
+                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
+        for field in ("lr", "delta"):
+            if not np.isfinite(getattr(self, field)):
+                raise ValueError(f"{field}: expected a finite number, got {getattr(self, field)}")
+        if self.label_noise > 1:
+            raise ValueError(f"label_noise: expected a share, at most 1, got {self.label_noise}")
         for arm in self.arms:
             if arm not in ARMS:
                 raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {arm!r}")
@@ -181,13 +193,9 @@ class Config:
             raise ValueError(f"task: expected one of {', '.join(TASKS)} for --model {self.model}, got {self.task!r}")
         if self.model == "tabular" and self.task != "tail_forks":
             raise ValueError(f"task: the tabular policy knows tail_forks alone, got {self.task!r}")
-        if self.model not in SMALL:
-            if self.task not in envs.QUESTIONS:
-                known = ", ".join(envs.QUESTIONS)
-                raise ValueError(f"task: expected one of {known} for a pretrained model, got {self.task!r}")
-            if self.model != "smollm2" and not Path(self.model).exists():
-                known = ", ".join((*SMALL, "both", "smollm2"))
-                raise ValueError(f"model: expected {known} or an existing path, got {self.model!r}")
+        if self.model not in SMALL and self.task not in envs.QUESTIONS:
+            known = ", ".join(envs.QUESTIONS)
+            raise ValueError(f"task: expected one of {known} for a pretrained model, got {self.task!r}")
 
 
 # The transformer is slower than the table, so it runs the arms that the claims need. A pretrained model fills the
@@ -441,9 +449,7 @@ def make_train(config: Config, task: Task, policy: Policy, arms: tuple[str, ...]
         token_loss = jax.lax.switch(numbers.arm, losses, log_prob, old, advantage, lower, upper)
         if config.kl_coefficient:
             token_loss += numbers.kl_coefficient * objectives.kl_estimate(log_prob, again(reference)[0], "k3")
-        metrics = objectives.clip_metrics(
-            log_prob - old, old, lower, upper, advantage, mask, dual_clip=numbers.dual_clip
-        ) | {
+        metrics = objectives.clip_metrics(log_prob - old, old, lower, upper, advantage, mask) | {
             "entropy": objectives.masked_mean(entropy, mask),
             "kl_reached": objectives.masked_mean(objectives.binary_divergence(old, log_prob, "kl"), mask),
         }
@@ -452,8 +458,8 @@ def make_train(config: Config, task: Task, policy: Policy, arms: tuple[str, ...]
     def gradient_step(carry, batch, numbers, reference, lr):
         """One mini-batch, `[micro_batches, rows, ...]`."""
         params, opt_state = carry
-        whole = batch[0].mask.reshape(-1, batch[0].mask.shape[-1])
-        norm = objectives.denominator(whole, config.aggregation)
+        mask = batch[0].mask
+        norm = objectives.denominator(mask.reshape(-1, mask.shape[-1]), config.aggregation)
 
         def accumulate(total, part):
             grads, metrics = jax.grad(loss, has_aux=True)(params, spread(part), norm, numbers, reference)
@@ -462,7 +468,16 @@ def make_train(config: Config, task: Task, policy: Policy, arms: tuple[str, ...]
         grads, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), batch)
         steps, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, jax.tree.map(lambda step: -lr * step, steps))
-        return (params, opt_state), jax.tree.map(lambda x: x.mean(axis=0), metrics)
+        tokens = mask.sum(axis=(1, 2))
+        whole = {  # of the parts: counts add up, means weigh by tokens
+            name: x.max(axis=0)
+            if name == "ratio_max"
+            else x.sum(axis=0)
+            if "count" in name
+            else tokens @ x / jnp.maximum(tokens.sum(), 1)
+            for name, x in metrics.items()
+        }
+        return (params, opt_state), whole
 
     def update(state, numbers):
         """Sample, judge, and take `passes` times `mini_batches` gradient steps."""
@@ -584,22 +599,23 @@ def run_small(config: Config, task: Task, policy: Policy, folder: RunFolder) -> 
 
 
 def run_pretrained(config: Config, task: Task, policy: Policy, folder: RunFolder) -> Results:
-    """A model that fills the devices: one row after the other, one seed."""
-    key, results = jax.random.key(config.seed), []
-    params = policy.start(key)
+    """A model that fills the devices: rows and seeds one after the other, all from the same weights."""
+    params = policy.start(jax.random.key(0))
+    places = named_shardings(policy.model.axes, params, policy.mesh)
+    results = []
     for row in make_rows(config):
         numbers, arms = numbers_of(config, [row])
         numbers = jax.tree.map(lambda x: x[0], numbers)
         train = make_train(config, task, policy, arms)
-        # The optimiser's state lies where its parameters lie.
-        shapes = jax.eval_shape(train.init, key, params)
-        places = named_shardings(policy.model.axes, params, policy.mesh)
-        places = state_shardings(shapes, params, places, policy.mesh)
-        state = jax.jit(train.init, out_shardings=places)(key, params)
-        advance, evaluate = with_row_and_seed(train, places)
-        results.append(
-            run_chunks(Path(config.model).stem, [row.label], config.updates, folder, advance, evaluate, state, numbers)
-        )
+        for seed in range(config.seed, config.seed + config.seeds):
+            key = jax.random.key(seed)
+            # The optimiser's state lies where its parameters lie.
+            shapes = jax.eval_shape(train.init, key, params)
+            state_places = state_shardings(shapes, params, places, policy.mesh)
+            state = jax.jit(train.init, out_shardings=state_places)(key, params)
+            advance, evaluate = with_row_and_seed(train, state_places)
+            label = f"{Path(config.model).name}, seed {seed}"
+            results.append(run_chunks(label, [row.label], config.updates, folder, advance, evaluate, state, numbers))
     return merge(results)
 
 
@@ -618,9 +634,10 @@ def with_row_and_seed(train: Train, places) -> tuple[Callable, Callable]:
 
 
 def tail_share(results: Results, row: str) -> np.ndarray:
-    """Share of the actively clipped tokens whose old probability is below 0.2, over all updates, `[seeds]`."""
+    """Share of the actively clipped tokens with an old probability below 0.2, `[seeds]`; NaN where none was clipped."""
     bins = results.train[row]["clip_count_by_prob"].sum(axis=1)
-    return bins[:, 0] / np.maximum(bins.sum(axis=1), 1e-9)
+    clipped = bins.sum(axis=1)
+    return np.where(clipped > 0, bins[:, 0] / np.maximum(clipped, 1), np.nan)
 
 
 def clipping_binds(results: Results) -> bool:
@@ -638,7 +655,10 @@ CLAIMS = [
     Claim("R2b", "Where clipping binds, Band ends with more reward than Clip-Higher",
           gap("band_kl", "clip_higher"), unit="reward", applies=clipping_binds,
           needs=("clip", "clip_higher", "band_kl")),
-    Claim("R2c", "Where clipping binds, Band ends with a higher pass@4 than Clip-Higher",
+    Claim("R2c", "Where clipping binds, Clip-Higher ends with a higher pass@4 than clip",
+          gap("clip_higher", "clip", final, "pass@4"), unit="pass@4", applies=clipping_binds,
+          needs=("clip", "clip_higher")),
+    Claim("R2d", "Where clipping binds, Band ends with a higher pass@4 than Clip-Higher",
           gap("band_kl", "clip_higher", final, "pass@4"), unit="pass@4", applies=clipping_binds,
           needs=("clip", "clip_higher", "band_kl")),
     Claim("R3a", "Early, Band keeps more entropy than clip",
@@ -668,13 +688,14 @@ def verdicts(results: Results) -> list[Verdict]:
 
 COLUMNS: dict[str, Callable[[Results, str], np.ndarray]] = {
     "reward": late,
-    "held out": lambda r, row: final(r, row, "reward"),
+    "held out, start": lambda r, row: r.held_out[row]["reward"][:, 0],
+    "held out, end": final,
     "pass@4": lambda r, row: final(r, row, "pass@4"),
     "entropy, early": lambda r, row: early(r, row, "entropy"),
     "entropy, late": lambda r, row: late(r, row, "entropy"),
     "clipped": lambda r, row: r.train[row]["clip_fraction"].mean(axis=1),
     "of these p < 0.2": tail_share,
-    "KL reached": lambda r, row: r.train[row]["kl_reached"].mean(axis=1),
+    "binary KL": lambda r, row: r.train[row]["kl_reached"].mean(axis=1),
 }
 
 
@@ -687,7 +708,7 @@ def save_curves(path: Path, results: Results) -> None:
     rows = [row for row in results.train if row in FIGURE] or list(results.train)
     updates = np.arange(1, results.evaluated_at[-1] + 1)
     titles = {"reward": "reward", "share_good": "share of good tokens", "entropy": "entropy (nats per token)",
-              "clip_fraction": "share of tokens clipped", "kl_reached": "KL(old, new) reached (nats)"}  # fmt: skip
+              "clip_fraction": "share of tokens clipped", "kl_reached": "binary KL(old, new) (nats)"}  # fmt: skip
     panels = [
         Panel(title, updates, {row: results.train[row][metric] for row in rows})
         for metric, title in titles.items()
@@ -758,7 +779,7 @@ def main(argv: list[str] | None = None) -> None:
         everything = {}
         for config, (task, policy) in zip(configs, prepared, strict=True):
             run = run_small if config.model in SMALL else run_pretrained
-            everything[Path(config.model).stem] = run(config, task, policy, folder)
+            everything[Path(config.model).name.removesuffix(".gguf")] = run(config, task, policy, folder)
         report(folder, everything)
     print(f"report: {folder.path / 'report.md'}")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rollax import envs
-from rollax.agents import LanguageModel, load_pretrained, make_mesh
+from rollax.agents import LanguageModel, load_pretrained, make_mesh, restrict_vocabulary
 from rollax.envs import Environment
 
 # Questions to train on and to hold out. Calculations with one digit are few.
@@ -87,7 +87,8 @@ def load_language_task(
         for bank in banks
     )
     prefix = jnp.asarray(banks[0].prompts[0, :shared]) if shared else None
-    return LanguageTask(train, held_out, loaded.model, loaded.params, prefix, devices)
+    model = restrict_vocabulary(loaded.model, len(vocab))
+    return LanguageTask(train, held_out, model, loaded.params, prefix, devices)
 
 
 def shared_length(rows) -> int:
@@ -98,9 +99,12 @@ def shared_length(rows) -> int:
 
 
 def parse_mesh(text: str) -> Mesh:
-    """ "data=2,fsdp=4" as a mesh; every device along fsdp when empty. ValueError for another form."""
+    """ "data=2,fsdp=4" as a mesh; every device along fsdp when empty. ValueError for another form or axis."""
     try:
         shape = {name: int(size) for name, size in (part.split("=") for part in text.split(",") if part)}
     except ValueError:
         raise ValueError(f'mesh: expected a form like "data=2,fsdp=4", got {text!r}') from None
+    unknown = set(shape) - {"data", "fsdp", "tensor"}
+    if unknown or any(size < 1 for size in shape.values()):
+        raise ValueError(f"mesh: expected sizes of data, fsdp and tensor, got {text!r}")
     return make_mesh(shape or {"fsdp": -1})

@@ -77,8 +77,15 @@ def run_chunks(
 
 
 def merge(results: Sequence[Results]) -> Results:
-    """Rows that ran one after the other, as if they had run together."""
-    train, held_out = ({row: part for r in results for row, part in r[field].items()} for field in (0, 1))
+    """Rows and seeds that ran one after the other, as if they had run together."""
+
+    def together(parts):
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    rows = dict.fromkeys(row for result in results for row in result.train)
+    train, held_out = (
+        {row: together([r[field][row] for r in results if row in r[field]]) for row in rows} for field in (0, 1)
+    )
     seconds = {name: sum(result.seconds[name] for result in results) for name in results[0].seconds}
     return Results(train, held_out, results[0].evaluated_at, seconds)
 

@@ -13,8 +13,10 @@ VERDICT_HEAD = ("claim", "says", "verdict", "effect and interval", "asked")
 
 
 def cell(values: np.ndarray) -> str:
-    """Mean and half the 95 % interval over seeds `[seeds]`; the mean alone for one seed."""
+    """Mean and half the 95 % interval over seeds `[seeds]`; the mean alone for one seed, a dash where there is none."""
     mean, low, _ = mean_interval(values)
+    if not np.isfinite(mean):
+        return "-"
     return f"{mean:.3f} ± {mean - low:.3f}" if np.isfinite(low) else f"{mean:.3f}"
 
 

@@ -62,7 +62,7 @@ def one_line_errors() -> Iterator[None]:
     """Turns the errors that a user can mend (a value, a missing file) into one line and exit status 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         fail(str(error).strip().splitlines()[0])
 
 
@@ -137,7 +137,10 @@ def versions() -> dict:
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:  # a machine without git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {
@@ -148,7 +151,7 @@ def versions() -> dict:
         "devices": [str(device) for device in jax.devices()],
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted": bool(git("status", "--porcelain")),
+        "uncommitted": git("status", "--porcelain") not in ("", None),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

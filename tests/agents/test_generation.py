@@ -17,6 +17,7 @@ from rollax.agents.generation import (
     sample_token,
     truncate_logits,
 )
+from rollax.agents.language_model import features, logits_of, restrict_vocabulary, token_log_probs
 from rollax.agents.transformer import TransformerConfig, transformer
 
 VOCAB = 23
@@ -160,8 +161,9 @@ def test_truncation():
     np.testing.assert_array_equal(kept(top_p=0.95), [1, 1, 1, 1, 0])
     np.testing.assert_array_equal(kept(top_p=1e-6), [1, 0, 0, 0, 0])
     np.testing.assert_array_equal(kept(top_p=1.0), [1, 1, 1, 1, 1])
-    np.testing.assert_array_equal(kept(num_tokens=3), [1, 1, 1, 0, 0])
     np.testing.assert_array_equal(kept(top_k=4, top_p=0.9), [1, 1, 1, 0, 0])
+    many = jax.random.normal(jax.random.key(0), (20, 49_152))  # whose probabilities sum to 1 before the end
+    np.testing.assert_array_equal(truncate_logits(many, Sampling(top_p=1.0)), many)
     traced = jax.jit(lambda k, p: truncate_logits(logits, Sampling(top_k=k, top_p=p)))(4, 0.9)
     chex.assert_trees_all_close(traced, truncate_logits(logits, Sampling(top_k=4, top_p=0.9)))
 
@@ -223,3 +225,31 @@ def test_a_scanned_stack_decodes_like_a_tuple_of_layers(lm):
     expected = sampler()(params, keys(3), PROMPTS, LENGTHS)
     np.testing.assert_array_equal(run(stacked).tokens, expected.tokens)
     np.testing.assert_allclose(run(stacked).log_prob, expected.log_prob, atol=1e-5)
+
+
+def test_a_restricted_vocabulary(lm):
+    """Ids behind the end are never sampled, and training normalises over the same ids."""
+    model, params = lm
+    small = restrict_vocabulary(model, 15)
+    assert restrict_vocabulary(model, VOCAB) is model
+    out = jax.jit(lambda p: generate(small, p, keys(60), PROMPTS, LENGTHS, max_new_tokens=6, samples=20))(params)
+    assert int(out.tokens.max()) < 15
+    prompt = PROMPTS[0]
+    whole = jnp.concatenate([prompt, out.tokens[0]])[None]
+    positions = jnp.arange(whole.shape[1])[None]
+    expected, _ = token_log_probs(small, params, whole[:, :-1], positions[:, :-1], whole[:, 1:])
+    np.testing.assert_allclose(out.full_log_prob[0], expected[0, len(prompt) - 1 :], atol=1e-4)
+    logits, _ = small.apply(params, whole, positions)
+    assert logits.shape[-1] == small.vocab_size == 15
+    with pytest.raises(ValueError, match=r"size.*1 to 23.*24"):
+        restrict_vocabulary(model, 24)
+
+
+def test_logits_are_float32_in_a_bfloat16_model():
+    model = transformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
+    params = model.init(jax.random.key(0))
+    hidden, _ = features(model, params, PROMPTS, padded_positions(LENGTHS, 4))
+    assert hidden.dtype == jnp.bfloat16
+    logits = logits_of(model, params, hidden)
+    assert logits.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16)).any()  # and not rounded on the way

@@ -88,11 +88,11 @@ def test_a_pretrained_model(tmp_path):
     config, model = tiny_lm()
     tokenizer = load_tokenizer(GOLDEN / "hf_tiny" / "llama")
     source = Pretrained(model, config, model.init(jax.random.key(0)), tokenizer, (0,), 1, 2)
-    save_pretrained(tmp_path / "model", source)
-    argv = ("--model", str(tmp_path / "model"), "--task", "products", "--bare", "--train-questions", "24")
-    argv += ("--held-out-questions", "8", "--micro-batches", "2", "--block", "2", "--mini-batches", "2", "--seeds", "1")
+    save_pretrained(tmp_path / "model-0.5", source)
+    argv = ("--model", str(tmp_path / "model-0.5"), "--task", "products", "--bare", "--train-questions", "24")
+    argv += ("--held-out-questions", "8", "--micro-batches", "2", "--block", "2", "--mini-batches", "2", "--seeds", "2")
     _, results = run(tmp_path, *argv, "--max-answer", "6", "--arms", "band_kl", "--mesh", "data=2,fsdp=2,tensor=2")
-    assert len(results["model"]["rows"]["band_kl"]["reward"]) == 1
+    assert len(results["model-0.5"]["rows"]["band_kl"]["reward"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,14 @@ def test_a_pretrained_model(tmp_path):
         (["--aggregation", "median"], "aggregation: expected one of token_mean"),
         (["--good-prob", "0.5"], "good_prob"),
         (["--delta", "much"], "'much'"),
+        (["--delta", "inf"], "delta: expected a finite number, got inf"),
+        (["--label-noise", "2"], "label_noise: expected a share, at most 1, got 2.0"),
+        (["--upper-max", "0.5"], "upper_max: expected at least 1, got 0.5"),
+        (["--max-grad-norm", "-1"], "max_grad_norm: expected above 0, got -1.0"),
+        (
+            ["--model", "{empty}", "--task", "products", "--mesh", "rows=2"],
+            "mesh: expected sizes of data, fsdp and tensor",
+        ),
         (["--model", "{empty}", "--task", "products"], "config.json"),
         (["--model", "{empty}", "--task", "tail_forks"], "task: expected one of largest_of_three"),
         (["--model", "{gguf}", "--task", "products"], "GGUF"),
@@ -167,6 +175,20 @@ def test_accumulated_gradients_equal_whole_ones():
         (whole, _), (_, init, _) = trained(config, ("band_kl",))
         (parts, _), _ = trained(dataclasses.replace(config, micro_batches=4), ("band_kl",))
         assert apart(whole.params["logits"][0], parts.params["logits"][0], init.params["logits"]) < 5e-3
+
+
+def test_metrics_do_not_depend_on_the_parts():
+    (_, whole), _ = trained(dataclasses.replace(SMALL, mini_batches=2), ("band_kl",))
+    (_, parts), _ = trained(dataclasses.replace(SMALL, mini_batches=2, micro_batches=4), ("band_kl",))
+    for name in ("clip_fraction", "entropy", "ratio_max", "token_count_by_prob"):
+        np.testing.assert_allclose(whole[name][..., 0, :], parts[name][..., 0, :], rtol=1e-3, err_msg=name)
+
+
+def test_no_clipped_token_gives_no_verdict():
+    counts = np.zeros((3, 4, 5))
+    results = bandpo.Results({"clip": {"clip_count_by_prob": counts}}, {}, np.arange(2), {})
+    assert np.isnan(bandpo.tail_share(results, "clip")).all()
+    assert bandpo.judge(CLAIMS[0], results).verdict == "inconclusive"
 
 
 def test_band_and_its_mask_take_the_same_steps():

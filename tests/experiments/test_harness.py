@@ -73,6 +73,12 @@ def test_run_folder(tmp_path):
         RunFolder(str(tmp_path / "file"), "study", "one", {})
 
 
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = RunFolder(str(tmp_path), "study", "one", {})
+    assert json.loads((folder.path / "versions.json").read_text())["commit"] is None
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     folder = RunFolder(str(tmp_path), "study", "one", {})
     folder.write_text("report.md", "old")
@@ -153,6 +159,7 @@ def test_tables():
     assert line[4] == "within ±0.5"
     assert cell(VALUES) == "0.200 ± 0.098"
     assert cell(VALUES[:1]) == "0.100"
+    assert cell(np.array([1.0, np.nan])) == "-"
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
