@@ -260,7 +260,7 @@ def masked(divergence):
 
 
 def fixed(old, low, high):
-    return jnp.full_like(old, 1 - low), jnp.full_like(old, 1 + high)
+    return tuple(jnp.full_like(old, bound) for bound in objectives.clip_bounds(low, high))
 
 
 def band(divergence):
@@ -269,8 +269,7 @@ def band(divergence):
 
 
 def band_relaxed(old, n):
-    (lower, upper), (low, high) = band("kl")(old, n), fixed(old, n.clip_low, n.clip_high)
-    return jnp.minimum(lower, low), jnp.maximum(upper, high)
+    return objectives.relax_bounds(*band("kl")(old, n), n.clip_low, n.clip_high)
 
 
 def band_upper(old, n):

@@ -67,6 +67,8 @@ def measure(config: bandpo.Config) -> list[list[str]]:
 def main() -> None:
     use_compilation_cache()
     lines = [line for config in bandpo.configs_of([]) for line in measure(config)]
+    band, whole = (sum(float(line[column]) for line in lines if line[0].endswith("band_kl")) for column in (1, 2))
+    lines.append(["default study, band_kl", f"{band:.3f}", f"{whole:.1f}", f"{100 * band / whole:.2f} %"])
     show(
         f"bounds of an update, {jax.devices()[0].device_kind}, jax {jax.__version__}",
         ["", "bounds, ms", "update, ms", "share"],
