@@ -5,6 +5,8 @@ runs on
 device: a fixed-size shunting-yard machine with exact rational arithmetic, so that reward needs no host.
 """
 
+from itertools import combinations_with_replacement
+from math import comb
 from typing import NamedTuple
 
 import jax
@@ -32,6 +34,8 @@ VOCAB = (*CHARACTERS, *"+-*/()=,")
 PLUS, MINUS, TIMES, DIVIDE, OPEN, CLOSE = (VOCAB.index(character) for character in "+-*/()")
 # A literal saturates here: far above every given number, far below the overflow of int32 on the next digit.
 LARGEST_LITERAL = 10**7
+# With more sets of numbers than these, neither side of the split can be empty but by a miracle.
+FEW_SETS = 10_000
 
 
 class CountdownState(NamedTuple):
@@ -89,7 +93,7 @@ def countdown(
       equals (0 where the other flags leave it undefined).
 
     Raises:
-      ValueError: sizes out of range, or an unknown split.
+      ValueError: sizes out of range, an unknown split, or one without any set of numbers.
     """
     if not 2 <= num_numbers <= 6:
         raise ValueError(f"num_numbers must be 2 to 6, got {num_numbers}")
@@ -98,6 +102,12 @@ def countdown(
     if not max_number <= max_target < 10**6:
         raise ValueError(f"max_target must be at least max_number={max_number} and below 10**6, got {max_target}")
     check_split(split)
+    if split != "all" and comb(max_number + num_numbers - 1, num_numbers) <= FEW_SETS:
+        sets = np.asarray(list(combinations_with_replacement(range(1, max_number + 1), num_numbers)), np.int32)
+        with jax.ensure_compile_time_eval():  # also where the environment is made inside jit
+            sides = np.asarray(is_held_out(sets))
+        if not (sides == (split == "held_out")).any():
+            raise ValueError(f"split={split!r} has no set of numbers, got {num_numbers=} and {max_number=}")
     digits = len(str(max_number))
     # n literals, n - 1 operations, a pair of brackets around each but the last.
     solution_width = num_numbers * digits + (num_numbers - 1) + 2 * (num_numbers - 2)

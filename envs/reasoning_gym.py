@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rollax.envs.questions import Question, clean_answer
+from rollax.envs.questions import Question
 
 
 class ScoredQuestions(NamedTuple):
@@ -18,15 +18,19 @@ class ScoredQuestions(NamedTuple):
     Attributes:
       questions: with the reference answers: one of several right ones in some data sets, "" where there is none.
       score: `score(rows, replies) -> float32 [B]` in [0, 1]: the data set's own verdict on each reply (a text, cleaned
-        before) to the question of that row.
+        before) to the question of that row, 0 where it gives none. ValueError for a row that is not there.
     """
 
     questions: tuple[Question, ...]
     score: Callable[[Sequence[int], Sequence[str]], np.ndarray]
 
 
-def reasoning_gym_questions(name: str, size: int, seed: int = 0, **options: Any) -> ScoredQuestions:
+def reasoning_gym_questions(
+    name: str, size: int, seed: int = 0, *, clean: Callable[[str], str] = str.strip, **options: Any
+) -> ScoredQuestions:
     """Questions of the reasoning-gym data set `name`, e.g. "chain_sum", with its generator's options.
+
+    `clean` as for `scored_questions`.
 
     Raises:
       ImportError: reasoning-gym is not installed.
@@ -38,15 +42,16 @@ def reasoning_gym_questions(name: str, size: int, seed: int = 0, **options: Any)
         import reasoning_gym
     except ImportError as error:
         raise ImportError("reasoning-gym is missing: pip install 'rollax[reasoning]'") from error
-    return scored_questions(reasoning_gym.create_dataset(name, size=size, seed=seed, **options))
+    return scored_questions(reasoning_gym.create_dataset(name, size=size, seed=seed, **options), clean)
 
 
-def scored_questions(dataset: Any, clean: Callable[[str], str] = clean_answer) -> ScoredQuestions:
+def scored_questions(dataset: Any, clean: Callable[[str], str] = str.strip) -> ScoredQuestions:
     """Wrap a data set object with reasoning-gym's interface.
 
     Args:
       dataset: has a length, `dataset[i]` with "question" and "answer", and `score_answer(answer, entry) -> float`.
-      clean: what is done to a reply before it is scored; e.g. one that cuts out an <answer> tag.
+      clean: what is done to a reply before it is scored; `clean_answer` for answers of one line without a final full
+        stop, or one that cuts out an <answer> tag. The default keeps every line, as grids and lists need.
     """
     entries = [dataset[i] for i in range(len(dataset))]
     questions = tuple(
@@ -59,8 +64,10 @@ def scored_questions(dataset: Any, clean: Callable[[str], str] = clean_answer) -
     def score(rows, replies):
         if len(rows) != len(replies):
             raise ValueError(f"rows and replies must be equally many, got {len(rows)} and {len(replies)}")
+        if not all(0 <= row < len(entries) for row in rows):
+            raise ValueError(f"rows must be in [0, {len(entries)}), got {list(rows)}")
         scores = [
-            dataset.score_answer(answer=clean(reply), entry=entries[int(row)])
+            dataset.score_answer(answer=clean(reply), entry=entries[int(row)]) or 0.0  # None for some bad replies
             for row, reply in zip(rows, replies, strict=True)
         ]
         return np.asarray(scores, np.float32)

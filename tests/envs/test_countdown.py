@@ -215,8 +215,16 @@ def test_split_is_respected(played):
         ({"max_target": 50}, "max_target"),
         ({"max_action": 5}, "max_action"),
         ({"split": "test"}, "split"),
+        ({"num_numbers": 4, "max_number": 2, "max_target": 2, "split": "held_out"}, "has no set of numbers"),
     ],
 )
 def test_bad_arguments(arguments, word):
     with pytest.raises(ValueError, match=word):
         countdown(**arguments)
+
+
+def test_small_splits_that_are_not_empty():
+    state, _ = countdown(4, 2, 2, split="train").reset(jax.random.key(0))
+    assert not is_held_out(state.numbers)
+    state, _ = jax.jit(lambda key: countdown(3, 9, 99, split="held_out").reset(key))(jax.random.key(0))
+    assert is_held_out(state.numbers)

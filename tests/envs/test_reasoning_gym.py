@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from rollax.envs import few_shot_prompt, reasoning_gym_questions, scored_questions
+from rollax.envs import clean_answer, few_shot_prompt, reasoning_gym_questions, scored_questions
 
 
 class FakeDataset:
@@ -23,7 +23,7 @@ class FakeDataset:
 
 
 def test_adapter():
-    questions, score = scored_questions(FakeDataset())
+    questions, score = scored_questions(FakeDataset(), clean=clean_answer)
     assert [(q.text, q.answer) for q in questions] == [("0 + 2 =", "2"), ("1 + 2 =", "3"), ("2 + 2 =", "")]
     assert few_shot_prompt(questions[:1], questions[1].text).endswith("Question: 1 + 2 =\nAnswer:")
     scores = score([0, 1, 2, 1], [' "2".\nQuestion', "5", "4", "none"])
@@ -31,8 +31,27 @@ def test_adapter():
     np.testing.assert_array_equal(scores, [1.0, 0.5, 1.0, 0.0])
     with pytest.raises(ValueError, match="equally many"):
         score([0], [])
+    for row in (-1, 3):
+        with pytest.raises(ValueError, match=r"rows must be in \[0, 3\)"):
+            score([0, row], ["2", "2"])
     _, score = scored_questions(FakeDataset(), clean=lambda reply: reply.split("<answer>")[1])
     assert score(np.array([0]), ["hm <answer>2"])[0] == 1.0
+
+
+class Grids(FakeDataset):
+    """Answers of several lines that end in a full stop; no verdict on an empty reply."""
+
+    def __getitem__(self, i):
+        return {"question": "Draw.", "answer": f"{i} .\n. {i}\nDone."}
+
+    def score_answer(self, answer, entry):
+        return float(answer == entry["answer"]) if answer else None
+
+
+def test_answers_of_several_lines():
+    questions, score = scored_questions(Grids())
+    np.testing.assert_array_equal(score(range(3), [f" {q.answer}\n" for q in questions]), np.ones(3))
+    np.testing.assert_array_equal(score([0, 0], ["", "0 ."]), np.zeros(2))
 
 
 def test_missing_package_and_bad_size(monkeypatch):
