@@ -94,6 +94,9 @@ def split_questions(
 ) -> QuestionSplit:
     """Different questions for demonstrations, training and test, drawn with `generate`.
 
+    Each new identity goes to a side as it is drawn. Where a small task runs out of questions that way, all of them are
+    dealt again, in whole identities, such that every side is filled.
+
     Args:
       generate: one of `QUESTIONS`, or a function like them.
       num_train, num_held_out: how many of each.
@@ -101,7 +104,7 @@ def split_questions(
       seed: of everything.
 
     Raises:
-      ValueError: a negative count, or a task without that many questions.
+      ValueError: a negative count, or a task without that many questions (of different identities).
     """
     wanted = {"shots": num_shots, "train": num_train, "held_out": num_held_out}
     if min(wanted.values()) < 0:
@@ -110,13 +113,14 @@ def split_questions(
     found: dict[str, list[Question]] = {side: [] for side in wanted}
     side_of: dict[tuple, str] = {}
     texts: set[str] = set()
+    orders: dict[tuple, dict[str, Question]] = {}  # all questions seen, by identity and text
     fruitless = 0
     while any(len(found[side]) < count for side, count in wanted.items()):
         if fruitless > 10_000:
-            counts = {side: len(questions) for side, questions in found.items()}
-            raise ValueError(f"the task has too few different questions: wanted {wanted}, found {counts}")
+            return _deal([list(same.values()) for same in orders.values()], wanted, rng)
         fruitless += 1
         question = generate(rng)
+        orders.setdefault(question.identity, {})[question.text] = question
         if question.text in texts:
             continue
         if question.identity not in side_of:
@@ -165,6 +169,37 @@ def clean_answer(text: str) -> str:
 def is_correct(reply: str, answer: str) -> bool:
     """Exact match of the cleaned reply: the rule that `envs.prompts.verify` applies to token ids."""
     return clean_answer(reply) == answer
+
+
+def _deal(groups, wanted, rng):
+    """Fill the sides from groups of questions with one identity, none of which may serve two sides."""
+    num_shots, num_train, num_held_out = wanted.values()
+    groups = [groups[i] for i in rng.permutation(len(groups))]
+    if sum(map(len, groups[num_shots:])) < num_train + num_held_out:
+        groups.sort(key=len)  # demonstrations use one question of a group: take small groups
+    shots, rest = groups[:num_shots], groups[num_shots:]
+    rest = [rest[i] for i in rng.permutation(len(rest))]
+    # Bit s of sums[i]: some of the groups from i on have s questions together.
+    sums = [1]
+    for group in reversed(rest):
+        sums.append(sums[-1] | sums[-1] << len(group))
+    sums.reverse()
+    spare = sum(map(len, rest)) - num_train - num_held_out
+
+    def can_fill(i, size):
+        """Whether groups from i on can bring training from `size` to `num_train` and at most `spare` more."""
+        least, most = max(num_train - size, 0), num_train + spare - size
+        return most >= least and sums[i] >> least & ((1 << most - least + 1) - 1) != 0
+
+    if len(shots) < num_shots or not can_fill(0, 0):
+        found = sum(map(len, groups))
+        raise ValueError(f"the task has too few different questions: wanted {wanted}, found {found} in all")
+    train, held_out = [], []
+    odds = num_train / max(num_train + num_held_out, 1)
+    for i, group in enumerate(rest, 1):
+        to_train, to_held_out = can_fill(i, len(train) + len(group)), can_fill(i, len(train))
+        (train if to_train and (not to_held_out or rng.random() < odds) else held_out).extend(group)
+    return QuestionSplit(tuple(group[0] for group in shots), tuple(train[:num_train]), tuple(held_out[:num_held_out]))
 
 
 def _calculation(a, operation, b, result):

@@ -1,5 +1,6 @@
 """Questions in English: formats, answers, splits without overlap, and the cleaning rule."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -50,9 +51,30 @@ def test_splits_share_no_question_in_any_order(name, num_train, num_held_out):
     assert split_questions(QUESTIONS[name], num_train, num_held_out, seed=4).train != train
 
 
+@pytest.mark.parametrize(
+    ("name", "num_train", "num_held_out"),
+    [("products", 40, 16), ("products", 44, 16), ("sums", 50, 20), ("differences", 28, 10), ("differences", 41, 0)],
+)
+def test_small_tasks_are_split_whenever_they_can_be(name, num_train, num_held_out):
+    for seed in range(30):
+        split = split_questions(QUESTIONS[name], num_train, num_held_out, seed=seed)
+        assert [len(side) for side in split] == [4, num_train, num_held_out]
+        assert len({question.text for side in split for question in side}) == 4 + num_train + num_held_out
+        identities = [{question.identity for question in side} for side in split]
+        assert len(set.union(*identities)) == sum(map(len, identities))
+    assert split_questions(QUESTIONS[name], num_train, num_held_out, seed=29) == split
+
+
+def test_the_default_split_stays_what_it_was():
+    split = split_questions(QUESTIONS["largest_of_three"], 1024, 128)
+    assert hashlib.sha256(repr(split).encode()).hexdigest()[:16] == "f78290ca64e62907"
+
+
 def test_too_few_questions():
     with pytest.raises(ValueError, match="too few different questions"):
         split_questions(QUESTIONS["products"], 60, 10)
+    with pytest.raises(ValueError, match="too few different questions"):
+        split_questions(QUESTIONS["products"], 0, 0, num_shots=37)
     with pytest.raises(ValueError, match="negative"):
         split_questions(QUESTIONS["products"], -1, 10)
 
