@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rollax.envs.environment import Environment
 
@@ -110,21 +110,22 @@ def vectorize(
       environment: a single environment (`envs.environment`).
       num_envs: N, a multiple of the number of devices.
       engine: "vmap" (one device; free to use inside jit, scan, vmap or another mesh), "pmap" (the classic form; steps
-        and unrolls from Python), "shard_map" (manual over every axis of the mesh, replicated over all but `axis`) or
-        "auto" (jit with NamedSharding; the policy's parameters keep the sharding they come with). The last two also
-        work inside jit and scan.
+        and unrolls from Python), "shard_map" (manual over every axis of the mesh: every device computes with the
+        whole of the policy's parameters, however they come) or "auto" (jit with NamedSharding; the policy's parameters
+        keep the sharding they come with: the choice for model-parallel ones). The last two also work inside jit and
+        scan.
       devices: the devices to spread over (default: all); not with "vmap" or `mesh`.
-      mesh: instead of devices, a mesh that may have other axes too, for "shard_map" and "auto".
+      mesh: instead of devices, a mesh of Auto axes that may have other axes than `axis`, for "shard_map" and "auto".
       axis: the mesh axis that carries environments.
 
     Raises:
-      ValueError: unknown engine, N not positive or not divisible by the devices, a mesh without `axis`, or devices or a
-        mesh given to an engine that has no use for them.
+      ValueError: unknown engine, N not a positive integer or not divisible by the devices, a mesh without `axis` or
+        with axes that are not Auto, or devices or a mesh given to an engine that has no use for them.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    if not isinstance(num_envs, int | np.integer) or num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1 and an integer, got {num_envs!r}")
     if engine == "vmap" and (devices is not None or mesh is not None):
         raise ValueError('engine="vmap" runs on one device: devices and mesh must be None')
     if mesh is not None and (devices is not None or engine == "pmap"):
@@ -229,11 +230,13 @@ def _distribute(num_envs, engine, devices, mesh, axis):
         devices = list(jax.devices() if devices is None else devices)
         num_devices = len(devices)
         mesh = Mesh(np.asarray(devices), (axis,))
-    elif axis in mesh.axis_names:
-        num_devices = mesh.shape[axis]
-        mesh = Mesh(mesh.devices, mesh.axis_names)  # the same mesh with Auto axes, whichever kind came in
-    else:
+    elif axis not in mesh.axis_names:
         raise ValueError(f"axis must name an axis of the mesh, {mesh.axis_names}, got {axis!r}")
+    elif any(kind != AxisType.Auto for kind in mesh.axis_types):
+        how = f"jax.make_mesh(..., axis_types=(AxisType.Auto,) * {len(mesh.axis_names)})"
+        raise ValueError(f"mesh must have Auto axes, as of {how}, got {mesh.axis_types}")
+    else:
+        num_devices = mesh.shape[axis]
     if num_devices < 1 or num_envs % num_devices:
         raise ValueError(f"num_envs must be a multiple of the {num_devices} devices, got {num_envs}")
 

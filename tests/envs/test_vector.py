@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rollax.envs import ControlSpec, Environment, Step, arithmetic, cartpole, episode_statistics, vectorize
 
@@ -49,8 +50,35 @@ def test_engines_agree_bitwise(reference, engine, num_devices):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("engine", ["shard_map", "auto"])
 def test_a_model_parallel_mesh_changes_nothing(reference, engine):
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     assert raw(trajectory(vectorize(cartpole(), NUM_ENVS, engine=engine, mesh=mesh))) == raw(reference)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("engine", ["shard_map", "auto"])
+def test_parameters_already_on_the_mesh(engine):
+    def policy(odds, key, observation):
+        return jax.random.bernoulli(key, odds[0]).astype(jnp.int32), odds[3]
+
+    def play(environments, odds):
+        run = environments.unroll(policy, 5)
+        return run, run(odds, *environments.reset(jax.random.key(7)))
+
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    odds = jnp.asarray([0.5, 0.1, 0.2, 0.3])
+    sharded = jax.device_put(odds, NamedSharding(mesh, PartitionSpec("model")))
+    _, result = play(vectorize(cartpole(), 4, engine=engine, mesh=mesh), sharded)
+    assert raw(result) == raw(play(vectorize(cartpole(), 4), odds)[1])
+    if engine == "auto":  # the compiled program takes each device's quarter, not a copy of the whole
+        seen = []
+
+        def spy(odds, key, observation):
+            jax.debug.inspect_array_sharding(odds, callback=seen.append)
+            return policy(odds, key, observation)
+
+        environments = vectorize(cartpole(), 4, engine=engine, mesh=mesh)
+        environments.unroll(spy, 1)(sharded, *environments.reset(jax.random.key(7)))
+        assert seen and all(s.shard_shape((4,)) == (1,) for s in seen)
 
 
 @pytest.mark.timeout(120)
@@ -176,6 +204,7 @@ def test_statistics_average_finished_episodes_only(counted):
         ({"engine": "pmap", "num_envs": 9}, "multiple of the 8 devices"),
         ({"engine": "auto", "num_envs": 9}, "multiple of the 8 devices"),
         ({"num_envs": 0}, "num_envs must be at least 1"),
+        ({"num_envs": 16.0}, "num_envs must be at least 1 and an integer, got 16.0"),
         ({"engine": "vmap", "devices": [None]}, "one device"),
         ({"engine": "pmap", "devices": []}, "multiple of the 0 devices"),
     ],
@@ -189,6 +218,10 @@ def test_bad_meshes():
     mesh = jax.make_mesh((8,), ("model",))
     with pytest.raises(ValueError, match="axis must name an axis of the mesh"):
         vectorize(counter(), 16, engine="auto", mesh=mesh)
+    explicit = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    for engine in ("shard_map", "auto"):
+        with pytest.raises(ValueError, match=r"axis_types=\(AxisType.Auto,\) \* 2"):
+            vectorize(counter(), 16, engine=engine, mesh=explicit)
     with pytest.raises(ValueError, match="mesh excludes"):
         vectorize(counter(), 16, engine="pmap", mesh=mesh)
     with pytest.raises(ValueError, match="num_steps"):
