@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rollax.envs.environment import Environment, TokenSpec
 from rollax.envs.tokens import (
@@ -69,7 +70,7 @@ def arithmetic(
 
     Raises:
       ValueError: an unknown operation or split, too few terms or digits, numbers that could leave int32, or weights of
-        the wrong shape.
+        the wrong shape or, where concrete, negative, not finite or all zero.
     """
     if not operations or set(operations) - set(OPERATIONS) or len(set(operations)) < len(operations):
         raise ValueError(f"operations must be different characters out of {OPERATIONS!r}, got {operations!r}")
@@ -81,6 +82,10 @@ def arithmetic(
         raise ValueError(f"results must stay below 10**9, got {operations=}, {max_digits=}, {num_terms=}")
     if level_weights is not None and jnp.shape(level_weights) != (max_digits,):
         raise ValueError(f"level_weights must have the shape {(max_digits,)}, got {jnp.shape(level_weights)}")
+    if level_weights is not None and not isinstance(level_weights, jax.core.Tracer):
+        weights = np.asarray(level_weights)
+        if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+            raise ValueError(f"level_weights must be finite, non-negative and not all zero, got {weights}")
     check_split(split)
 
     codes = jnp.asarray([OPERATIONS.index(operation) for operation in operations], jnp.int32)

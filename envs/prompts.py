@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rollax.envs.environment import Environment, Tokens, TokenSpec
-from rollax.envs.questions import IGNORED
+from rollax.envs.questions import IGNORED, clean_answer
 from rollax.envs.tokens import cut_turn, decode, question_answer
 
 
@@ -23,7 +23,8 @@ class PromptBank(NamedTuple):
     Attributes:
       prompts: `[P, T]`, right-padded.
       lengths: `[P]`.
-      answers: `[P, M, A]`: M accepted spellings in ids ("42" and " 42" may differ), cleaned, right-padded.
+      answers: `[P, M, A]`: M accepted spellings in ids ("42" and " 42" may differ), cleaned but for a full stop glued
+        to their last token, right-padded.
       answer_lengths: `[P, M]`; 0 marks a spelling that does not exist.
     """
 
@@ -40,11 +41,13 @@ class TokenKinds(NamedTuple):
       stop: ends the reply (a token with a newline in it, an end-of-text token).
       ignored: stripped at both ends (nothing but spaces and quotes).
       full_stop: removed once at the end.
+      glued: other text with a full stop at its end ("2."): the one full stop of the reply that it ends.
     """
 
     stop: np.ndarray
     ignored: np.ndarray
     full_stop: np.ndarray
+    glued: np.ndarray
 
 
 class PromptState(NamedTuple):
@@ -64,7 +67,8 @@ def token_kinds(vocab: Sequence[str], end_ids: Sequence[int] = ()) -> TokenKinds
     stop[list(end_ids)] = True
     ignored = np.asarray([text != "" and text.strip(IGNORED) == "" for text in vocab]) & ~stop
     full_stop = np.asarray([text.strip(IGNORED) == "." for text in vocab]) & ~stop
-    return TokenKinds(stop, ignored, full_stop)
+    glued = np.asarray([text.rstrip(IGNORED).endswith(".") for text in vocab]) & ~stop & ~full_stop
+    return TokenKinds(stop, ignored, full_stop, glued)
 
 
 def tokenize_bank(
@@ -77,6 +81,8 @@ def tokenize_bank(
     pad_id: int = 0,
 ) -> PromptBank:
     """Turn texts into a bank. Each answer is accepted as encoded alone and as encoded after a space.
+
+    Where the encoding glues a final full stop to the answer ("42." in one token), that spelling is accepted too.
 
     Args:
       prompts: P texts, encoded as they are (special tokens included, if `encode` adds them).
@@ -100,13 +106,17 @@ def tokenize_bank(
     for answer in answers:
         forms = [_strip(encode(space + answer), kinds.ignored) for space in ("", " ")]
         for form in forms:
-            if not form or kinds.stop[form].any() or kinds.full_stop[form[-1]]:
+            if clean_answer(answer) != answer or not form or kinds.stop[form].any():
                 raise ValueError(f"answers must be clean (one line, no final full stop), got {answer!r}")
-        spellings.append(forms if forms[0] != forms[1] else [forms[0], []])
-    flat = [form for forms in spellings for form in forms]
+        ended = [_strip(encode(space + answer + "."), kinds.ignored) for space in ("", " ")]
+        forms += [form for form in ended if kinds.glued[form[-1]] and not kinds.stop[form].any()]
+        spellings.append([form for i, form in enumerate(forms) if form not in forms[:i]])
+    num_spellings = max(map(len, spellings))
+    flat = [form for forms in spellings for form in (*forms, *[[]] * (num_spellings - len(forms)))]
     ids, lengths = _pad(prompt_ids, max_prompt or longest, pad_id)
     answer_ids, answer_lengths = _pad(flat, max(map(len, flat)), pad_id)
-    return PromptBank(ids, lengths, answer_ids.reshape(len(answers), 2, -1), answer_lengths.reshape(-1, 2))
+    shape = (len(answers), num_spellings)
+    return PromptBank(ids, lengths, answer_ids.reshape(*shape, -1), answer_lengths.reshape(shape))
 
 
 def prompt_bank(
@@ -135,7 +145,7 @@ def prompt_bank(
       itself; `reply_length`, tokens before the stop.
 
     Raises:
-      ValueError: shapes that disagree, or no stop id.
+      ValueError: shapes that disagree, ids or lengths out of range, a row without any spelling, or no stop id.
     """
     bank = PromptBank(*(np.asarray(x, np.int32) for x in bank))
     if bank.answers.ndim == 2:
@@ -146,11 +156,23 @@ def prompt_bank(
         bank.prompts.ndim != 2
         or num_prompts < 1
         or bank.answers.ndim != 3
+        or 0 in bank.prompts.shape + bank.answers.shape
         or bank.lengths.shape != (num_prompts,)
         or bank.answers.shape[0] != num_prompts
         or bank.answer_lengths.shape != bank.answers.shape[:2]
     ):
         raise ValueError(f"bank must hold prompts [P, T], lengths [P], answers [P, M, A], lengths [P, M], got {shapes}")
+    ids = np.concatenate([bank.prompts.ravel(), bank.answers.ravel()])
+    if ids.min() < 0 or ids.max() >= len(vocab):
+        raise ValueError(f"bank must hold ids in [0, {len(vocab)}), got {ids.min()} to {ids.max()}")
+    for name, lengths, width in (
+        ("lengths", bank.lengths, bank.prompts.shape[1]),
+        ("answer_lengths", bank.answer_lengths, bank.answers.shape[2]),
+    ):
+        if lengths.min() < 0 or lengths.max() > width:
+            raise ValueError(f"bank.{name} must be in [0, {width}], got {lengths.min()} to {lengths.max()}")
+    if not (has_spelling := bank.answer_lengths.any(-1)).all():
+        raise ValueError(f"bank must hold a spelling of every answer, got none in row {np.argmin(has_spelling)}")
     if any(kind.shape != (len(vocab),) for kind in kinds):
         raise ValueError(f"kinds must have the shape {(len(vocab),)}, got {[kind.shape for kind in kinds]}")
     if not kinds.stop.any():
@@ -233,12 +255,15 @@ def verify(
 
     end = end_of(counts)
     final = jnp.maximum(end - 1, 0)
-    end = jnp.where((end > 0) & kinds.full_stop[action[final]], end_of(counts & (at < final)), end)
+    removes = (end > 0) & kinds.full_stop[action[final]]
+    end = jnp.where(removes, end_of(counts & (at < final)), end)
+    # Only one full stop is forgiven: not one in a token of its own after one inside the spelling.
+    twice = removes & kinds.glued[action[jnp.maximum(end - 1, 0)]]
     width = answers.shape[-1]
     shifted = jnp.pad(action, (0, width))[start + jnp.arange(width)]
     same = (shifted == answers) | (jnp.arange(width) >= answer_lengths[:, None])
     correct = same.all(-1) & (answer_lengths == end - start) & (answer_lengths > 0)
-    return correct.any(), length, stopped
+    return correct.any() & ~twice, length, stopped
 
 
 def _strip(ids, ignored):

@@ -125,6 +125,9 @@ def test_draws_stay_on_their_side(split):
         ({"num_terms": 1}, "num_terms"),
         ({"operations": "*", "max_digits": 5}, "below"),
         ({"level_weights": jnp.ones(3)}, "level_weights"),
+        ({"level_weights": jnp.zeros(2)}, "not all zero"),
+        ({"level_weights": [1.0, -1.0]}, "non-negative"),
+        ({"level_weights": np.array([1.0, np.nan])}, "finite"),
         ({"split": "test"}, "split"),
     ],
 )

@@ -22,7 +22,7 @@ from rollax.envs import (
 def tiny_bank():
     bank = PromptBank(np.array([[1, 2], [2, 2]]), np.array([1, 2]), np.array([[1], [2]]), np.array([1, 1]))
     stop, no = np.array([True, False, False]), np.zeros(3, bool)
-    return prompt_bank(bank, TokenKinds(stop, no, no), ("<end>", "a", "b"), max_action=3)
+    return prompt_bank(bank, TokenKinds(stop, no, no, no), ("<end>", "a", "b"), max_action=3)
 
 
 ENVIRONMENTS = {

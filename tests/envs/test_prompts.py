@@ -11,6 +11,7 @@ from rollax.envs import (
     PromptState,
     clean_answer,
     few_shot_prompt,
+    is_correct,
     prompt_bank,
     split_questions,
     token_kinds,
@@ -19,7 +20,7 @@ from rollax.envs import (
 
 # A toy tokenizer with the traps of real ones: words with a space in front, quotes glued to a full stop, newlines.
 PIECES = ["<end>", *"0123456789 \"'.,:?\n-+*", " 4", "42", " green", "green", '."', '".', " .", "\n\n", ".\n"]
-PIECES += ["..", '""', "  "]
+PIECES += ["..", '""', "  ", "7.", "4.'"]
 VOCAB = [*PIECES, *"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"]
 KINDS = token_kinds(VOCAB, end_ids=[0])
 
@@ -45,6 +46,7 @@ def products():
 def test_token_kinds():
     names = {"stop": {"<end>", "\n", "\n\n", ".\n"}, "ignored": {" ", '"', "'", '""', "  "}}
     names["full_stop"] = {".", '."', '".', " ."}
+    names["glued"] = {"..", "7.", "4.'"}
     for kind, expected in names.items():
         assert {VOCAB[i] for i in np.flatnonzero(getattr(KINDS, kind))} == expected
 
@@ -123,6 +125,16 @@ def test_replies_one_by_one(products):
         assert reward(text) == 0, text
 
 
+def test_a_full_stop_glued_to_the_answer():
+    bank = tokenize_bank(["Q:"] * 2, ["37", "42"], encode, KINDS)
+    assert bank.answers.shape[1] == 2 and np.all(bank.answer_lengths == [[2, 2], [1, 2]])
+    step = jax.jit(prompt_bank(bank, KINDS, VOCAB, max_action=6).step)
+    for text in ("37", "37.", " 37.", '"37."', "37.\n", "37..", "37. .", '37.".', "7.", "377."):
+        ids = jnp.asarray((encode(text) + [0] * 6)[:6])
+        got = float(step(jax.random.key(0), PromptState(jnp.int32(0)), ids)[1].reward)
+        assert got == is_correct(text, "37"), text
+
+
 def test_answers_in_one_spelling_and_without_a_stop():
     bank = PromptBank(np.array([[30]]), np.array([1]), np.array([[3, 5]]), np.array([1]))  # "2", padded
     environment = prompt_bank(bank, KINDS, VOCAB, max_action=2)
@@ -139,9 +151,20 @@ def test_bad_arguments(products):
         tokenize_bank(["a"], [], encode, KINDS)
     with pytest.raises(ValueError, match="max_prompt"):
         tokenize_bank(["abc"], ["4"], encode, KINDS, max_prompt=2)
-    for unclean in ("42.", "", "4\n2"):
+    for unclean in ("42.", "37.", "", "4\n2"):
         with pytest.raises(ValueError, match="clean"):
             tokenize_bank(["a"], [unclean], encode, KINDS)
+    for field, value, word in (
+        ("prompts", len(VOCAB), "ids in"),
+        ("answers", -1, "ids in"),
+        ("lengths", bank.prompts.shape[1] + 1, r"bank\.lengths"),
+        ("answer_lengths", bank.answers.shape[2] + 1, r"bank\.answer_lengths"),
+        ("answer_lengths", 0, "got none in row 3"),
+    ):
+        changed = getattr(bank, field).copy()
+        changed[3] = value
+        with pytest.raises(ValueError, match=word):
+            prompt_bank(bank._replace(**{field: changed}), KINDS, VOCAB, max_action=8)
     with pytest.raises(ValueError, match="max_action"):
         prompt_bank(bank, KINDS, VOCAB, max_action=1)
     with pytest.raises(ValueError, match="kinds"):
