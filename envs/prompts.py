@@ -156,23 +156,22 @@ def prompt_bank(
         bank.prompts.ndim != 2
         or num_prompts < 1
         or bank.answers.ndim != 3
-        or 0 in bank.prompts.shape + bank.answers.shape
         or bank.lengths.shape != (num_prompts,)
         or bank.answers.shape[0] != num_prompts
         or bank.answer_lengths.shape != bank.answers.shape[:2]
     ):
         raise ValueError(f"bank must hold prompts [P, T], lengths [P], answers [P, M, A], lengths [P, M], got {shapes}")
-    ids = np.concatenate([bank.prompts.ravel(), bank.answers.ravel()])
-    if ids.min() < 0 or ids.max() >= len(vocab):
-        raise ValueError(f"bank must hold ids in [0, {len(vocab)}), got {ids.min()} to {ids.max()}")
+    if not (has_spelling := bank.answer_lengths.any(-1)).all():
+        raise ValueError(f"bank must hold a spelling of every answer, got none in row {np.argmin(has_spelling)}")
     for name, lengths, width in (
         ("lengths", bank.lengths, bank.prompts.shape[1]),
         ("answer_lengths", bank.answer_lengths, bank.answers.shape[2]),
     ):
         if lengths.min() < 0 or lengths.max() > width:
             raise ValueError(f"bank.{name} must be in [0, {width}], got {lengths.min()} to {lengths.max()}")
-    if not (has_spelling := bank.answer_lengths.any(-1)).all():
-        raise ValueError(f"bank must hold a spelling of every answer, got none in row {np.argmin(has_spelling)}")
+    ids = np.concatenate([bank.prompts.ravel(), bank.answers.ravel()])
+    if ids.min() < 0 or ids.max() >= len(vocab):
+        raise ValueError(f"bank must hold ids in [0, {len(vocab)}), got {ids.min()} to {ids.max()}")
     if any(kind.shape != (len(vocab),) for kind in kinds):
         raise ValueError(f"kinds must have the shape {(len(vocab),)}, got {[kind.shape for kind in kinds]}")
     if not kinds.stop.any():
