@@ -129,9 +129,13 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, supported are {', '.join(DTYPES)}")
-        dtype, (begin, end), shape = DTYPES[entry["dtype"]], entry["data_offsets"], tuple(entry["shape"])
+        try:
+            code, (begin, end), shape = entry["dtype"], entry["data_offsets"], tuple(entry["shape"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: tensor {name} needs dtype, shape and data_offsets, got {entry}") from None
+        if code not in DTYPES:
+            raise ValueError(f"{path}: tensor {name} has dtype {code}, supported are {', '.join(DTYPES)}")
+        dtype = DTYPES[code]
         if end > data.size:
             raise ValueError(f"{path}: truncated safetensors file, tensor {name} ends at byte {end} of {data.size}")
         if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):

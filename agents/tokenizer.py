@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollax.agents.huggingface import read_json
+
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 # Where the Qwen2 tokenizers cut a text before merging: contractions, words, single digits, punctuation, white space.
 QWEN2_SPLIT = (
@@ -154,6 +156,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory; None where it has no `tokenizer.json`.
 
     The chat template is `chat_template.jinja` or the entry of `tokenizer_config.json`, in this order.
+
+    Raises:
+      ValueError: one of the two JSON files is not what its name says.
     """
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file():
@@ -164,7 +169,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from None
     settings_file, template_file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)

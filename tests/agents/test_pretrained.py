@@ -344,6 +344,26 @@ def test_an_overwrite_that_breaks_at_the_last_step_brings_the_old_one_back(tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
+def test_the_old_one_is_kept_where_it_cannot_come_back(tmp_path, monkeypatch):
+    p = load_pretrained(GOLDEN / "llama")
+    target = save_pretrained(tmp_path / "x", p)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    replace = os.replace
+
+    def somebody_is_faster(source, destination):
+        replace(source, destination)
+        if Path(source) == target:
+            target.mkdir()
+            (target / "theirs").touch()
+
+    monkeypatch.setattr("os.replace", somebody_is_faster)
+    with pytest.raises(OSError, match="not empty"):
+        save_pretrained(target, p, overwrite=True)
+    (kept,) = tmp_path.glob(".x.*.replaced")
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+    assert [file.name for file in target.iterdir()] == ["theirs"] and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("scanned", [True, False])
 def test_both_forms_of_the_layers_are_saved(scanned, tmp_path):
     p = load_pretrained(GOLDEN / "llama", scan_layers=scanned)
@@ -352,9 +372,29 @@ def test_both_forms_of_the_layers_are_saved(scanned, tmp_path):
     again = load_pretrained(tmp_path / "x", scan_layers=scanned)
     jax.tree.map(np.testing.assert_array_equal, again.params, p.params)
     cut = p.params | {"norm": {"scale": p.params["norm"]["scale"][:-1]}}
-    with pytest.raises(ValueError, match=r"params: norm.scale has shape \(47,\), expected \(48,\)"):
+    with pytest.raises(ValueError, match=r"params: norm.scale has shape \(47,\), expected shape \(48,\)"):
         save_pretrained(tmp_path / "y", p._replace(params=cut))
     assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_parameters_that_do_not_fit_the_configuration_are_named(scanned, tmp_path):
+    p = load_pretrained(GOLDEN / "llama", scan_layers=scanned)
+    stacked = load_pretrained(GOLDEN / "llama", scan_layers=True).params
+    layers = unstack_layers(stacked)["layers"]
+    cut = lambda tree: jax.tree.map(lambda x: x[:2], tree)  # noqa: E731
+    kernel = "attention.k.kernel has"
+    for changes, message in (
+        ({"layers": layers[:2]}, rf"layers.2.{kernel} no entry, expected shape \(48, 2, 12\)"),
+        ({"layers": (*layers, layers[0])}, rf"layers.3.{kernel} shape \(48, 2, 12\), expected no entry"),
+        ({"layers": (*layers[:2], cut(layers[2]))}, rf"layers.2.{kernel} shape \(2, 2, 12\), expected shape \(48, 2"),
+        ({"layers": cut(stacked["layers"])}, rf"layers.{kernel} shape \(2, 48, 2, 12\), expected shape \(3, 48, 2"),
+        ({"norm": {}}, r"norm.scale has no entry, expected shape \(48,\)"),
+        ({"head": {"kernel": jnp.ones((48, 320))}}, r"head.kernel has shape \(48, 320\), expected no entry"),
+    ):
+        with pytest.raises(ValueError, match=f"params: {message}"):
+            save_pretrained(tmp_path / "x", p._replace(params=p.params | changes))
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_another_form_are_named(tmp_path):
@@ -370,7 +410,13 @@ def test_files_of_another_form_are_named(tmp_path):
     for key in ("hidden_size", "vocab_size", "num_attention_heads"):
         without = {name: value for name, value in config.items() if name != key}
         broken("config.json", json.dumps(without), rf"config.json: the entry '{key}' is missing")
-    broken("tokenizer.json", "{}", r"tokenizer.json: not a tokenizer")
+    plain = {name: value for name, value in config.items() if name != "rope_parameters"}
+    linear = json.dumps(plain | {"rope_scaling": {"type": "linear"}})
+    broken("config.json", linear, r"config.json: the entry 'factor' is missing")
+    for entry in ("[]", "{}", '{"dtype": "F32", "shape": [1], "data_offsets": [0]}'):
+        header = f'{{"a": {entry}}}'
+        text = len(header).to_bytes(8, "little").decode() + header
+        broken("model.safetensors", text, "model.safetensors: tensor a needs dtype, shape and data_offsets, got")
     (tmp_path / "x.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
     with pytest.raises(ValueError, match=r"x.safetensors: not a safetensors file"):
         read_safetensors(tmp_path / "x.safetensors")

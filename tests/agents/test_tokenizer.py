@@ -124,6 +124,21 @@ def test_what_is_not_there(tmp_path):
         load_tokenizer(tmp_path).render_chat([])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", "{}", "not a tokenizer"),
+        ("tokenizer_config.json", "[]", "expected a JSON object, got list"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+    ],
+)
+def test_broken_files_are_named(name, text, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((LLAMA / "tokenizer.json").read_bytes())
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path / name}: {message}"):
+        load_tokenizer(tmp_path)
+
+
 def qwen2_metadata():
     """A tokenizer of all bytes and a few merges, with the Qwen2 splitting rule."""
     llama = read_gguf(GOLDEN / "gguf_tiny" / "llama.gguf").metadata
