@@ -47,7 +47,6 @@ from rollax.experiments.harness.language_task import load_language_task
 from rollax.experiments.harness.loop import Results, early, final, gap, late, merge, run_chunks
 from rollax.experiments.harness.report import VERDICT_HEAD, cell, markdown, show, verdict_lines
 from rollax.experiments.harness.run import RunFolder, interruptible, one_line_errors, parse, use_compilation_cache
-from rollax.objectives.reduction import MODES
 
 SMALL = ("tabular", "transformer")
 
@@ -178,8 +177,8 @@ class Config:
         for arm in self.arms:
             if arm not in ARMS:
                 raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {arm!r}")
-        if self.aggregation not in MODES:
-            raise ValueError(f"aggregation: expected one of {', '.join(MODES)}, got {self.aggregation!r}")
+        if self.aggregation not in objectives.MODES:
+            raise ValueError(f"aggregation: expected one of {', '.join(objectives.MODES)}, got {self.aggregation!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         if self.samples % self.block:

@@ -5,6 +5,7 @@ Alphabet: `B` batch, `T` tokens or time, `N` environments, `P` prompts, `G` grou
 """
 
 from rollax.objectives.advantages import (
+    ADVANTAGES,
     discounted_returns,
     dr_grpo_advantages,
     gae,
@@ -13,6 +14,7 @@ from rollax.objectives.advantages import (
     grpo_advantages,
     reinforce_plus_plus_advantages,
     reinforce_plus_plus_baseline_advantages,
+    reinforce_rewards,
     rloo_advantages,
     vapo_gae,
     vapo_lambda,
@@ -20,9 +22,16 @@ from rollax.objectives.advantages import (
 )
 from rollax.objectives.band import band_bounds, binary_divergence, register_divergence, relax_bounds
 from rollax.objectives.kl import kl_estimate, ratio_weighted_kl
-from rollax.objectives.mismatch import icepop_weights, opsm_mask, rejection_mask, sequence_mask, truncated_weights
+from rollax.objectives.mismatch import (
+    icepop_weights,
+    masked_weights,
+    opsm_mask,
+    rejection_mask,
+    sequence_mask,
+    truncated_weights,
+)
 from rollax.objectives.preference import dpo_loss, ipo_loss, kto_loss, kto_reference_point
-from rollax.objectives.reduction import aggregate, denominator, masked_mean
+from rollax.objectives.reduction import MODES, aggregate, denominator, masked_mean
 from rollax.objectives.rewards import dynamic_sampling_mask, overlong_penalty, pass_at_k
 from rollax.objectives.surrogates import (
     cispo_surrogate,
@@ -41,6 +50,8 @@ from rollax.objectives.surrogates import (
 )
 
 __all__ = [
+    "ADVANTAGES",
+    "MODES",
     "aggregate",
     "band_bounds",
     "binary_divergence",
@@ -68,6 +79,7 @@ __all__ = [
     "kto_reference_point",
     "masked_mean",
     "masked_surrogate",
+    "masked_weights",
     "opsm_mask",
     "overlong_penalty",
     "pass_at_k",
@@ -76,6 +88,7 @@ __all__ = [
     "register_divergence",
     "reinforce_plus_plus_advantages",
     "reinforce_plus_plus_baseline_advantages",
+    "reinforce_rewards",
     "rejection_mask",
     "relax_bounds",
     "rloo_advantages",

@@ -75,7 +75,10 @@ def grpo_advantages(reward, group_ids, *, num_groups=None, epsilon=1e-6, scale_b
       ValueError: shapes other than `[B]`, or concrete ids out of range.
     """
     deviation, std, _ = _deviation(reward, group_ids, num_groups, singleton)
-    return deviation / (std + epsilon) if scale_by_std else deviation
+    if not scale_by_std:
+        return deviation
+    # A constant group has deviation and std 0: with epsilon 0 that is 0 / 0.
+    return deviation / jnp.where(std > 0, std + epsilon, 1.0)
 
 
 def dr_grpo_advantages(reward, group_ids, *, num_groups=None, singleton="zero"):
@@ -90,6 +93,21 @@ def rloo_advantages(reward, group_ids, *, num_groups=None, singleton="zero"):
     """
     deviation, _, size = _deviation(reward, group_ids, num_groups, singleton)
     return deviation * size / jnp.maximum(size - 1, 1)
+
+
+def reinforce_rewards(reward, group_ids, *, num_groups=None):
+    """REINFORCE without a baseline: the reward itself, `[B]`; the groups are checked and not used."""
+    _group_count(reward, group_ids, num_groups)
+    return accurate(reward)
+
+
+# Group advantages by name, all called as `f(reward [B], group_ids [B], *, num_groups=None) -> [B]`.
+ADVANTAGES = {
+    "grpo": grpo_advantages,
+    "dr_grpo": dr_grpo_advantages,
+    "rloo": rloo_advantages,
+    "reinforce": reinforce_rewards,
+}
 
 
 def whiten(x, mask, *, shift_mean=True, epsilon=1e-8):

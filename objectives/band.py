@@ -192,9 +192,13 @@ def register_divergence(name, f, limit_at_one=None):
     def constant_limit(delta):
         return jnp.full_like(delta, limit_at_one)
 
-    of_ratio.f = f
-    if name in _DIVERGENCES and getattr(_DIVERGENCES[name].f, "f", None) is not f:
-        raise ValueError(f"name must be new, {name!r} already stands for another divergence")
+    if not callable(f):
+        raise ValueError(f"f must be a function of the ratio, got {f!r}")
+    of_ratio.given = (f, limit_at_one)
+    if name in _DIVERGENCES:
+        if getattr(_DIVERGENCES[name].f, "given", None) != of_ratio.given:
+            raise ValueError(f"name must be new, {name!r} already stands for another divergence")
+        return
     given = limit_at_one is None or callable(limit_at_one)
     _DIVERGENCES[name] = Divergence(of_ratio, limit_at_one if given else constant_limit)
 
@@ -214,8 +218,16 @@ def _check_log_prob(name, log_prob):
 
 def _check_delta(delta):
     known = concrete(delta)
-    if known is not None and np.any(known < 0):
+    if known is not None and not np.all(known >= 0):
         raise ValueError(f"delta must not be negative, got {delta}")
+
+
+def _check_solver(upper_max, newton_steps):
+    known = concrete(upper_max)
+    if known is not None and not np.all(known >= 1):
+        raise ValueError(f"upper_max must be at least 1, got {upper_max}")
+    if newton_steps < 1:
+        raise ValueError(f"newton_steps must be at least 1, got {newton_steps}")
 
 
 # --- Public functions ------------------------------------------------------------------------------------------------
@@ -240,10 +252,12 @@ def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_s
       stopped.
 
     Raises:
-      ValueError: unknown divergence, a concrete negative delta or a concrete log_prob above 1e-6.
+      ValueError: unknown divergence, fewer than one Newton step, or concretely a negative delta, an upper_max below 1
+        or a log_prob above 1e-6.
     """
     _check_log_prob("log_prob", log_prob)
     _check_delta(delta)
+    _check_solver(upper_max, newton_steps)
     entry = _divergence(divergence)
     log_prob, delta = jax.lax.stop_gradient(promoted(log_prob, delta))
     # Without barriers XLA's CPU fusions compute the outcome and Newton's start again in every use: four times slower.
@@ -262,7 +276,7 @@ def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_s
 
     lower = jnp.where(delta > 0, jnp.clip(lower, 0.0, 1.0), 1.0)
     upper = jnp.where(delta > 0, jnp.maximum(upper, 1.0), 1.0)
-    upper = jnp.minimum(upper, jnp.asarray(upper_max, upper.dtype))
+    upper = jnp.minimum(upper, jnp.maximum(jnp.asarray(upper_max, upper.dtype), 1.0))
     return jax.lax.stop_gradient((lower, upper))
 
 
@@ -299,4 +313,7 @@ def binary_divergence(old_log_prob, new_log_prob, divergence="kl"):
     _check_log_prob("new_log_prob", new_log_prob)
     f = _divergence(divergence).f
     old, new = (_outcome(x) for x in promoted(old_log_prob, new_log_prob))
+    if divergence == "chi2":  # in an order in which no factor overflows
+        t = jnp.expm1(new.log_p - old.log_p)
+        return (old.p * t) * t / old.q
     return _two_outcomes(f, old, new.log_p - old.log_p, new.q)

@@ -7,7 +7,7 @@ k2's is right on policy. The "+" forms keep one estimator's value and take k2's 
 import jax
 import jax.numpy as jnp
 
-from rollax.objectives.arrays import accurate
+from rollax.objectives.arrays import accurate, check_same_shape
 
 KINDS = ("k1", "abs", "k2", "k3", "k1+", "k3+")
 
@@ -28,8 +28,9 @@ def kl_estimate(log_prob, ref_log_prob, kind="k3", *, log_ratio_clip=None, value
       `[...]`, nats, float32 or wider.
 
     Raises:
-      ValueError: unknown kind.
+      ValueError: unknown kind or different shapes.
     """
+    check_same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     d = accurate(log_prob) - accurate(ref_log_prob)
@@ -52,15 +53,18 @@ def kl_estimate(log_prob, ref_log_prob, kind="k3", *, log_ratio_clip=None, value
     return jax.lax.stop_gradient(value - k2) + k2
 
 
-def ratio_weighted_kl(log_prob, old_log_prob, ref_log_prob, kind="k3"):
+def ratio_weighted_kl(log_prob, old_log_prob, ref_log_prob, kind="k3", *, log_ratio_clip=20.0, value_clip=None):
     """A KL estimate times the ratio new/old, differentiated through both: unbiased off policy too (TRL's default).
 
     Args:
       log_prob, old_log_prob, ref_log_prob: nats, `[...]`.
-      kind: as in `kl_estimate`.
+      kind, value_clip: as in `kl_estimate`.
+      log_ratio_clip: bounds the log-ratios to the old policy and (k3) to the reference, so that no product overflows.
 
     Returns:
       `[...]`, nats.
     """
-    log_ratio = accurate(log_prob) - accurate(old_log_prob)
-    return jnp.exp(log_ratio) * kl_estimate(log_prob, ref_log_prob, kind)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob)
+    log_ratio = jnp.clip(accurate(log_prob) - accurate(old_log_prob), -log_ratio_clip, log_ratio_clip)
+    estimate = kl_estimate(log_prob, ref_log_prob, kind, log_ratio_clip=log_ratio_clip, value_clip=value_clip)
+    return jnp.exp(log_ratio) * estimate

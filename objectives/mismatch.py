@@ -63,16 +63,33 @@ def icepop_weights(old_log_prob, sampler_log_prob, mask, *, low=0.5, high=5.0):
     Returns:
       `[B, T]`, gradient stopped, 0 outside the mask.
     """
-    weight = _bounded_exp(_log_weight(old_log_prob, sampler_log_prob, mask))
-    return masked(jnp.where((weight >= low) & (weight <= high), weight, 0.0), mask)
+    return masked_weights(old_log_prob, sampler_log_prob, mask, low=low, high=high, level="token")
 
 
-def sequence_mask(old_log_prob, sampler_log_prob, mask, *, low=0.0, high=3.0, statistic="product"):
-    """Drop whole sequences whose ratio trainer/sampler leaves `[low, high]`.
+def masked_weights(old_log_prob, sampler_log_prob, mask, *, low=0.0, high=3.0, level="sequence"):
+    """Masked importance sampling: w where it lies in `[low, high]`, else 0, at token or sequence level.
 
     Args:
       old_log_prob, sampler_log_prob, mask: as in `truncated_weights`.
-      low, high: (0, 3) with "product" is TRL's default; (0.999, 1.002) with "geometric" NeMo-RL's. May be traced.
+      low, high: (0, 3) with level "sequence" is TRL's default mode, "sequence_mask"; may be traced.
+      level: "token" (IcePop's form), or "sequence" for the product of the sequence's weights at each of its tokens.
+
+    Returns:
+      `[B, T]`, gradient stopped, 0 outside the mask.
+
+    Raises:
+      ValueError: unknown level or different shapes.
+    """
+    weight = truncated_weights(old_log_prob, sampler_log_prob, mask, cap=jnp.inf, level=level)
+    return jnp.where((weight >= low) & (weight <= high), weight, 0.0)
+
+
+def sequence_mask(old_log_prob, sampler_log_prob, mask, *, low=0.0, high=3.0, statistic="product"):
+    """Which sequences have a ratio trainer/sampler in `[low, high]`; their weight is left to the caller.
+
+    Args:
+      old_log_prob, sampler_log_prob, mask: as in `truncated_weights`.
+      low, high: (0.999, 1.002) with "geometric" is NeMo-RL's. May be traced. For TRL's see `masked_weights`.
       statistic: "product" of the token ratios, or their "geometric" mean.
 
     Returns:

@@ -7,7 +7,7 @@ All of them see an answer only through S, the sum over its tokens of `log_prob -
 import jax
 import jax.numpy as jnp
 
-from rollax.objectives.arrays import accurate
+from rollax.objectives.arrays import accurate, check_same_shape, concrete
 
 
 def dpo_loss(chosen, rejected, beta=0.1, *, label_smoothing=0.0):
@@ -21,6 +21,10 @@ def dpo_loss(chosen, rejected, beta=0.1, *, label_smoothing=0.0):
     Returns:
       loss `[B]`.
     """
+    check_same_shape(chosen=chosen, rejected=rejected)
+    known = concrete(label_smoothing)
+    if known is not None and not 0 <= known < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 1/2), got {label_smoothing}")
     margin = beta * (accurate(chosen) - accurate(rejected))
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
 
@@ -37,6 +41,7 @@ def ipo_loss(chosen, rejected, beta=0.1, *, lengths=None):
     Returns:
       loss `[B]`.
     """
+    check_same_shape(chosen=chosen, rejected=rejected)
     chosen, rejected = accurate(chosen), accurate(rejected)
     if lengths is not None:
         chosen, rejected = (s / jnp.maximum(n, 1) for s, n in zip((chosen, rejected), lengths, strict=True))

@@ -4,8 +4,10 @@ Overlong shaping and dynamic sampling are DAPO's (arXiv 2503.14476); pass@k is t
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from rollax.objectives.advantages import group_is_constant
+from rollax.objectives.arrays import concrete
 
 
 def overlong_penalty(length, max_length, cache, *, floor=-1.0):
@@ -19,7 +21,13 @@ def overlong_penalty(length, max_length, cache, *, floor=-1.0):
 
     Returns:
       `[...]`, <= 0, to be added to the reward.
+
+    Raises:
+      ValueError: a concrete cache that is not positive.
     """
+    known = concrete(cache)
+    if known is not None and not np.all(known > 0):
+        raise ValueError(f"cache must be positive, got {cache}")
     penalty = jnp.minimum((max_length - cache - jnp.asarray(length)) / cache, 0.0)
     return penalty if floor is None else jnp.maximum(penalty, floor)
 
@@ -49,10 +57,13 @@ def pass_at_k(num_correct, num_samples, k):
       float32 `[...]` (float64 where enabled).
 
     Raises:
-      ValueError: k < 1, or a concrete scalar num_samples below k.
+      ValueError: k < 1, or concretely num_samples below k or num_correct.
     """
-    if k < 1 or (isinstance(num_samples, int) and num_samples < k):
+    n, c = concrete(num_samples), concrete(num_correct)
+    if k < 1 or (n is not None and np.any(n < k)):
         raise ValueError(f"k must be in 1..num_samples, got k={k} and num_samples={num_samples}")
+    if n is not None and c is not None and np.any(c > n):
+        raise ValueError(f"num_correct must be at most num_samples={num_samples}, got {num_correct}")
     drawn = jnp.arange(k)
     wrong = jnp.asarray(num_samples - num_correct)[..., None] - drawn
     left = jnp.asarray(num_samples)[..., None] - drawn

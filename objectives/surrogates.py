@@ -288,7 +288,7 @@ def gmpo_surrogate(log_prob, old_log_prob, advantage, mask, *, clip_low=0.4, cli
         raise ValueError(f"advantage must be [B], one a sequence, got {advantage.shape}")
     sign = jnp.sign(advantage)
     clipped = sign * jnp.minimum(sign * log_ratio, sign * _clip(log_ratio, -clip_low, clip_high))
-    ratio = jnp.exp(sequence_log_ratio(clipped, mask))
+    ratio = _ratio(sequence_log_ratio(clipped, mask))  # the pessimistic side has no bound of its own
     return jnp.broadcast_to(-advantage * ratio, log_ratio.shape)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rollax.objectives import (
+    ADVANTAGES,
     discounted_returns,
     dr_grpo_advantages,
     gae,
@@ -170,3 +171,17 @@ def test_bad_input():
         gae(TOKEN_REWARD, VALUE, MASK[:, :3])
     with pytest.raises(ValueError, match=r"one shape \[T, N\]"):
         gae_time_major(*np.zeros((4, 3, 2)), np.zeros((3, 1)))
+
+
+def test_the_papers_epsilon_of_zero():
+    reward, groups = jnp.array([1.0, 1.0, 0.0, 1.0]), jnp.array([0, 0, 1, 1])
+    half = 0.5 / np.sqrt(0.5)
+    np.testing.assert_allclose(grpo_advantages(reward, groups, epsilon=0.0), [0, 0, -half, half], rtol=1e-6)
+
+
+def test_by_name():
+    reward, groups = jnp.array([1.0, 0.0, 4.0]), jnp.array([0, 0, 0])
+    expected = {"dr_grpo": [-2 / 3, -5 / 3, 7 / 3], "rloo": [-1, -2.5, 3.5], "reinforce": [1, 0, 4]}
+    for name, values in expected.items():
+        np.testing.assert_allclose(ADVANTAGES[name](reward, groups, num_groups=1), values, rtol=1e-6)
+    np.testing.assert_array_equal(ADVANTAGES["grpo"](reward, groups), grpo_advantages(reward, groups))

@@ -230,8 +230,16 @@ def alpha_half(u):
 
 
 def test_registered_divergence():
-    register_divergence("alpha_half", alpha_half, lambda delta: jnp.square(1 - 0.5 * delta))
-    register_divergence("alpha_half", alpha_half)  # again: harmless
+
+    def limit(delta):
+        return jnp.square(1 - 0.5 * delta)
+
+    register_divergence("alpha_half", alpha_half, limit)
+    register_divergence("alpha_half", alpha_half, limit)  # again: harmless
+    with pytest.raises(ValueError, match="alpha_half"):  # compiled functions hold the first limit
+        register_divergence("alpha_half", alpha_half)
+    with pytest.raises(ValueError, match="f must be a function"):
+        register_divergence("three", 3)
     p = jnp.log(jnp.array([0.001, 0.3, 0.99, 1.0]))
     with jax.enable_x64(True):
         mine, theirs = (band_bounds(p.astype(jnp.float64), 0.05, name) for name in ("alpha_half", "hellinger"))
@@ -253,4 +261,20 @@ def test_bad_input():
         band_bounds(jnp.array([-1.0, 0.5]), 0.1)
     with pytest.raises(ValueError, match="new_log_prob"):
         binary_divergence(-1.0, 0.5)
+    for options, message in (
+        ({"upper_max": 0.5}, "upper_max must be at least 1, got 0.5"),
+        ({"newton_steps": 0}, "newton_steps must be at least 1, got 0"),
+        ({"delta": float("nan")}, "delta must not be negative, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            band_bounds(-1.0, **({"delta": 0.1} | options))
+    upper = jax.jit(lambda cap: band_bounds(-1.0, 0.1, upper_max=cap)[1])(0.5)
+    assert upper == 1.0  # traced: clamped
     band_bounds(1e-7, 0.1)  # rounding is forgiven
+
+
+def test_chi2_of_a_tail_token_does_not_overflow():
+    value, slope = jax.value_and_grad(lambda new: binary_divergence(-50.0, new, "chi2"))(-0.7)
+    p, q = np.exp(-50.0), np.exp(-0.7)
+    np.testing.assert_allclose(value, (q - p) ** 2 / (p * (1 - p)), rtol=1e-5)
+    np.testing.assert_allclose(slope, 2 * (q - p) * q / (p * (1 - p)), rtol=1e-5)

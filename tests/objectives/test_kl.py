@@ -58,3 +58,12 @@ def test_clips_and_abs():
 def test_bad_input():
     with pytest.raises(ValueError, match="kind must be one of"):
         kl_estimate(LOGITS, REF, "k4")
+
+
+def test_far_ratios_stay_finite():
+    for new, old, ref in ((-200.0, -0.1, -0.1), (-0.1, -200.0, -0.1), (-0.1, -0.1, -200.0)):
+        value, slope = jax.value_and_grad(lambda x, old=old, ref=ref: ratio_weighted_kl(x, old, ref))(new)
+        assert jnp.isfinite(value)
+        assert jnp.isfinite(slope)
+    with pytest.raises(ValueError, match=r"log_prob, ref_log_prob must have one shape"):
+        kl_estimate(jnp.zeros((3, 1)), jnp.zeros(4))

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rollax.objectives import icepop_weights, opsm_mask, rejection_mask, sequence_mask, truncated_weights
+from rollax.objectives import (
+    icepop_weights,
+    masked_weights,
+    opsm_mask,
+    rejection_mask,
+    sequence_mask,
+    truncated_weights,
+)
 
 W = jnp.array([[1.1, 0.9, 1.0, 7.0], [8.0, 0.1, 1.5, 1.0], [3.0, 3.0, 3.0, 3.0]])
 MASK = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
@@ -74,3 +81,16 @@ def test_bad_input():
         rejection_mask(*LOGS, level="row")
     with pytest.raises(ValueError, match=r"one shape \[B, T\]"):
         icepop_weights(OLD, SAMPLER, MASK[:, :2])
+
+
+def test_masked_weights_keep_the_weight_inside():
+    old = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.9]]))
+    sampler = jnp.log(jnp.array([[0.4, 0.5], [0.3, 0.4]]))
+    mask = jnp.ones((2, 2))
+    by_sequence = masked_weights(old, sampler, mask)
+    np.testing.assert_allclose(by_sequence, [[1.25, 1.25], [0, 0]], rtol=1e-6)  # 6.75 is above 3
+    by_token = masked_weights(old, sampler, mask, level="token", high=2.5)
+    np.testing.assert_allclose(by_token, [[1.25, 1.0], [0, 2.25]], rtol=1e-6)
+    keep = sequence_mask(old, sampler, mask)
+    weight = truncated_weights(old, sampler, mask, cap=jnp.inf, level="sequence")
+    np.testing.assert_allclose(by_sequence, jnp.where(keep, weight, 0), rtol=1e-6)

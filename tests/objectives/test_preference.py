@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rollax.objectives import dpo_loss, ipo_loss, kto_loss, kto_reference_point
 
@@ -37,3 +38,12 @@ def test_kto():
     np.testing.assert_allclose(loss, [1.0, 0.5, 2 * gate, 1 - gate], rtol=1e-6)
     gradient = jax.grad(lambda s: kto_loss(s, good, z0).sum())(score)
     np.testing.assert_array_equal(np.sign(gradient), [-1, 1, -1, 1])
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"chosen, rejected must have one shape"):
+        dpo_loss(jnp.zeros(3), jnp.zeros((3, 1)))
+    with pytest.raises(ValueError, match=r"chosen, rejected must have one shape"):
+        ipo_loss(jnp.zeros(3), jnp.zeros((3, 1)))
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1/2\), got 1.5"):
+        dpo_loss(jnp.zeros(3), jnp.zeros(3), label_smoothing=1.5)

@@ -36,3 +36,12 @@ def test_bad_input():
         pass_at_k(jnp.array([1]), 4, 5)
     with pytest.raises(ValueError, match="k must be"):
         pass_at_k(jnp.array([1]), 4, 0)
+
+
+def test_impossible_numbers():
+    with pytest.raises(ValueError, match="cache must be positive, got 0"):
+        overlong_penalty(jnp.array([10]), 32, 0)
+    with pytest.raises(ValueError, match=r"k must be in 1..num_samples, got k=5"):
+        pass_at_k(2, np.int64(3), 5)
+    with pytest.raises(ValueError, match="num_correct must be at most num_samples=3, got 4"):
+        pass_at_k(4, 3, 2)

@@ -175,3 +175,16 @@ def test_bad_input():
         ob.sequence_log_ratio(NEW - OLD, MASK, "max")
     with pytest.raises(ValueError, match=r"advantage must be \[B\]"):
         ob.gmpo_surrogate(NEW, OLD, jnp.ones((B, T)), MASK)
+
+
+def test_gmpo_is_finite_on_both_sides():
+    old = jnp.full((2, 1), -200.0)
+    for advantage in (1.0, -1.0):
+        for new in (jnp.zeros((2, 1)), old - 200):
+
+            def loss(new, advantage=advantage):
+                return ob.gmpo_surrogate(new, old, jnp.full(2, advantage), jnp.ones((2, 1))).sum()
+
+            value, slope = jax.value_and_grad(loss)(new)
+            assert jnp.isfinite(value)
+            assert jnp.isfinite(slope).all()
