@@ -58,3 +58,10 @@ def concrete(x):
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
+
+
+def check_log_prob(name, log_prob):
+    """A log-probability above zero (beyond rounding) is a sign mistake or an unnormalised logit."""
+    known = concrete(log_prob)
+    if known is not None and known.size and known.max() > 1e-6:
+        raise ValueError(f"{name} must be log-probabilities (<= 0), got a maximum of {known.max()}")

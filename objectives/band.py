@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rollax.objectives.arrays import concrete, promoted
+from rollax.objectives.arrays import check_log_prob, check_same_shape, concrete, promoted
 
 
 class Divergence(NamedTuple):
@@ -23,11 +23,13 @@ class Divergence(NamedTuple):
       limit_at_one: `limit_at_one(delta)`, the lower bound in the limit p -> 1; None to take the solver's own value at
         the largest p below one.
       bounds: `bounds(outcome, delta) -> (lower, upper)` in closed form; None for the generic solver.
+      binary: `binary(old, new)`, the divergence of two outcomes where `p f(r)` would overflow; None for the definition.
     """
 
     f: Callable
     limit_at_one: Callable | None = None
     bounds: Callable | None = None
+    binary: Callable | None = None
 
 
 class Outcome(NamedTuple):
@@ -46,7 +48,10 @@ def _log_limit(dtype):
 
 def _outcome(log_prob):
     limit = _log_limit(log_prob.dtype)
-    log_p = jnp.clip(log_prob, -limit, -math.exp(-limit))
+    low, high = jnp.asarray(-limit, log_prob.dtype), jnp.asarray(-math.exp(-limit), log_prob.dtype)
+    log_p = jax.lax.clamp(
+        low, log_prob, high
+    )  # selects its gradient; that of `clip` is 0 * inf = NaN beyond the limits
     p, q = jnp.exp(log_p), -jnp.expm1(log_p)
     log_q = jnp.where(p < 0.5, jnp.log1p(-p), jnp.log(q))
     return Outcome(p, log_p, q, log_q)
@@ -106,6 +111,14 @@ def _chi2_bounds(outcome, delta):
     return _symmetric_bounds(jnp.sqrt(delta * outcome.q / outcome.p))
 
 
+def _chi2_binary(old, new):
+    """`(r - 1)^2 p / q`, the root taken first and a large r scaled in the exponent: r^2 alone overflows."""
+    log_ratio, log_scale = new.log_p - old.log_p, 0.5 * (old.log_p - old.log_q)
+    near = jnp.expm1(jnp.minimum(log_ratio, 1.0)) * jnp.exp(log_scale)
+    far = jnp.exp(jnp.maximum(log_ratio, 1.0) + log_scale) - jnp.exp(log_scale)
+    return jnp.square(jnp.where(log_ratio < 1, near, far))
+
+
 # --- Any f: bisection on log r ---------------------------------------------------------------------------------------
 
 
@@ -162,9 +175,11 @@ def _u_log_u(u, t):
 _DIVERGENCES = {
     "kl": Divergence(lambda u, t: t - _log(u, t), lambda delta: jnp.exp(-delta)),
     "tv": Divergence(lambda u, t: 0.5 * jnp.abs(t), lambda delta: jnp.maximum(1 - delta, 0.0), _tv_bounds),
-    "chi2": Divergence(lambda u, t: jnp.square(t), jnp.ones_like, _chi2_bounds),
+    "chi2": Divergence(lambda u, t: jnp.square(t), jnp.ones_like, _chi2_bounds, _chi2_binary),
     "rkl": Divergence(lambda u, t: _u_log_u(u, t) - t, jnp.ones_like),
-    "neyman": Divergence(lambda u, t: t * (t / u), lambda delta: 1 / (1 + delta)),
+    "neyman": Divergence(
+        lambda u, t: t * (t / u), lambda delta: 1 / (1 + delta), binary=lambda old, new: _chi2_binary(new, old)
+    ),
     "hellinger": Divergence(
         lambda u, t: jnp.square(t / (1 + jnp.sqrt(u))), lambda delta: jnp.square(jnp.maximum(1 - 0.5 * delta, 0.0))
     ),
@@ -176,13 +191,14 @@ def register_divergence(name, f, limit_at_one=None):
     """Make a divergence of your own known under a name (the built-in ones cannot be replaced).
 
     Args:
-      name: a new name; registering the same function again is harmless.
+      name: a new name; registering the same function and limit again is harmless.
       f: `f(u)`, elementwise over ratios u >= 0, convex, f(1) = 0 and, best, f'(1) = 0. It may be infinite at 0. Its
         bounds come from bisection, which asks f only inside (0, 1/p) and at the complementary ratio.
       limit_at_one: lower bound in the limit p -> 1, a number or `limit_at_one(delta)`; None for the solver's value.
 
     Raises:
-      ValueError: the name already stands for another divergence (compiled functions may hold it).
+      ValueError: f is not callable, or the name already stands for another divergence, or for this one with another
+        limit (compiled functions may hold it).
     """
 
     def of_ratio(u, t):
@@ -207,13 +223,6 @@ def _divergence(name):
     if name not in _DIVERGENCES:
         raise ValueError(f"divergence must be one of {sorted(_DIVERGENCES)}, got {name!r}")
     return _DIVERGENCES[name]
-
-
-def _check_log_prob(name, log_prob):
-    """A log-probability above zero (beyond rounding) is a sign mistake or an unnormalised logit."""
-    known = concrete(log_prob)
-    if known is not None and known.size and known.max() > 1e-6:
-        raise ValueError(f"{name} must be log-probabilities (<= 0), got a maximum of {known.max()}")
 
 
 def _check_delta(delta):
@@ -243,7 +252,7 @@ def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_s
         dimensionless for the others. Zero (or a traced negative number) leaves no room: both bounds are 1.
       divergence: "kl" (old || new), "rkl" (new || old), "tv", "chi2" (Pearson), "neyman", "hellinger" (2 - 2 BC),
         "js", or a name given to `register_divergence`.
-      upper_max: cap on the upper bound, >= 1 (the paper's runs use 10), may be traced.
+      upper_max: cap on the upper bound, >= 1 (the paper's runs use 10), may be traced; then 1 where it is below.
       newton_steps: Newton steps of "kl". Five reach float64 rounding for every p in [1e-12, 1 - 1e-7] and delta in
         [1e-6, 50], so a training loop may ask for fewer. The others are closed forms or bisect to the last bit.
 
@@ -255,7 +264,7 @@ def band_bounds(log_prob, delta, divergence="kl", *, upper_max=jnp.inf, newton_s
       ValueError: unknown divergence, fewer than one Newton step, or concretely a negative delta, an upper_max below 1
         or a log_prob above 1e-6.
     """
-    _check_log_prob("log_prob", log_prob)
+    check_log_prob("log_prob", log_prob)
     _check_delta(delta)
     _check_solver(upper_max, newton_steps)
     entry = _divergence(divergence)
@@ -300,20 +309,21 @@ def binary_divergence(old_log_prob, new_log_prob, divergence="kl"):
     delta (for r > 1; likewise below): the mask of DPPO (arXiv 2602.04879).
 
     Args:
-      old_log_prob, new_log_prob: of the sampled token, nats, `[...]`, clipped as in `band_bounds`.
+      old_log_prob, new_log_prob: of the sampled token, nats, `[...]`, clipped as in `band_bounds` (scalars serve all).
       divergence: as in `band_bounds`.
 
     Returns:
       `[...]`, >= 0, float32 or wider, differentiable.
 
     Raises:
-      ValueError: unknown divergence or a concrete log-probability above 1e-6.
+      ValueError: unknown divergence, different shapes or a concrete log-probability above 1e-6.
     """
-    _check_log_prob("old_log_prob", old_log_prob)
-    _check_log_prob("new_log_prob", new_log_prob)
-    f = _divergence(divergence).f
+    check_log_prob("old_log_prob", old_log_prob)
+    check_log_prob("new_log_prob", new_log_prob)
+    if jnp.ndim(old_log_prob) and jnp.ndim(new_log_prob):
+        check_same_shape(old_log_prob=old_log_prob, new_log_prob=new_log_prob)
+    entry = _divergence(divergence)
     old, new = (_outcome(x) for x in promoted(old_log_prob, new_log_prob))
-    if divergence == "chi2":  # in an order in which no factor overflows
-        t = jnp.expm1(new.log_p - old.log_p)
-        return (old.p * t) * t / old.q
-    return _two_outcomes(f, old, new.log_p - old.log_p, new.q)
+    if entry.binary is not None:
+        return entry.binary(old, new)
+    return _two_outcomes(entry.f, old, new.log_p - old.log_p, new.q)

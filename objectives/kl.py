@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rollax.objectives.arrays import accurate, check_same_shape
+from rollax.objectives.surrogates import LOG_RATIO_LIMIT
 
 KINDS = ("k1", "abs", "k2", "k3", "k1+", "k3+")
 
@@ -21,7 +22,7 @@ def kl_estimate(log_prob, ref_log_prob, kind="k3", *, log_ratio_clip=None, value
     Args:
       log_prob, ref_log_prob: of tokens sampled from the policy, nats, `[...]`.
       kind: one of the above. Libraries' names: "k3" is verl's and Tunix's low_var_kl, "k2" their mse.
-      log_ratio_clip: d is clipped to +- this in k3; None for no clip. verl: 20.
+      log_ratio_clip: d is clipped to +- this in k3; None for -80 alone, which keeps e^-d finite. verl: 20.
       value_clip: k3 is clipped to +- this; None for no clip. verl: 10.
 
     Returns:
@@ -44,7 +45,9 @@ def kl_estimate(log_prob, ref_log_prob, kind="k3", *, log_ratio_clip=None, value
     if kind == "k1+":
         value = d
     else:
-        clipped = d if log_ratio_clip is None else jnp.clip(d, -log_ratio_clip, log_ratio_clip)
+        clipped = jnp.maximum(d, -80.0)
+        if log_ratio_clip is not None:
+            clipped = jnp.clip(clipped, -log_ratio_clip, log_ratio_clip)
         value = jnp.expm1(-clipped) + clipped
         if value_clip is not None:
             value = jnp.clip(value, -value_clip, value_clip)
@@ -57,14 +60,16 @@ def ratio_weighted_kl(log_prob, old_log_prob, ref_log_prob, kind="k3", *, log_ra
     """A KL estimate times the ratio new/old, differentiated through both: unbiased off policy too (TRL's default).
 
     Args:
-      log_prob, old_log_prob, ref_log_prob: nats, `[...]`.
-      kind, value_clip: as in `kl_estimate`.
-      log_ratio_clip: bounds the log-ratios to the old policy and (k3) to the reference, so that no product overflows.
+      log_prob, old_log_prob, ref_log_prob: nats, `[...]`. The log-ratio new/old is clipped to +-20.
+      kind, log_ratio_clip, value_clip: as in `kl_estimate`. TRL clips nothing.
 
     Returns:
       `[...]`, nats.
+
+    Raises:
+      ValueError: unknown kind or different shapes.
     """
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob)
-    log_ratio = jnp.clip(accurate(log_prob) - accurate(old_log_prob), -log_ratio_clip, log_ratio_clip)
+    log_ratio = jnp.clip(accurate(log_prob) - accurate(old_log_prob), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     estimate = kl_estimate(log_prob, ref_log_prob, kind, log_ratio_clip=log_ratio_clip, value_clip=value_clip)
     return jnp.exp(log_ratio) * estimate

@@ -20,6 +20,12 @@ def _log_weight(old_log_prob, sampler_log_prob, mask):
     return jax.lax.stop_gradient(jnp.where(jnp.asarray(mask) != 0, difference, 0.0))
 
 
+def _sequence_log_weight(log_weight, mask, statistic):
+    if statistic not in ("product", "geometric"):
+        raise ValueError(f"statistic must be 'product' or 'geometric', got {statistic!r}")
+    return sequence_log_ratio(log_weight, mask, "sum" if statistic == "product" else "mean")
+
+
 def _bounded_exp(x):
     return jnp.exp(jnp.clip(x, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
@@ -66,22 +72,29 @@ def icepop_weights(old_log_prob, sampler_log_prob, mask, *, low=0.5, high=5.0):
     return masked_weights(old_log_prob, sampler_log_prob, mask, low=low, high=high, level="token")
 
 
-def masked_weights(old_log_prob, sampler_log_prob, mask, *, low=0.0, high=3.0, level="sequence"):
+def masked_weights(old_log_prob, sampler_log_prob, mask, *, low=0.0, high=3.0, level="sequence", statistic="product"):
     """Masked importance sampling: w where it lies in `[low, high]`, else 0, at token or sequence level.
 
     Args:
       old_log_prob, sampler_log_prob, mask: as in `truncated_weights`.
       low, high: (0, 3) with level "sequence" is TRL's default mode, "sequence_mask"; may be traced.
-      level: "token" (IcePop's form), or "sequence" for the product of the sequence's weights at each of its tokens.
+      level: "token" (IcePop's form), or "sequence" for one weight at each token of a sequence.
+      statistic: the weight of a sequence, the "product" of its tokens' or their "geometric" mean.
 
     Returns:
       `[B, T]`, gradient stopped, 0 outside the mask.
 
     Raises:
-      ValueError: unknown level or different shapes.
+      ValueError: unknown level or statistic, or different shapes.
     """
-    weight = truncated_weights(old_log_prob, sampler_log_prob, mask, cap=jnp.inf, level=level)
-    return jnp.where((weight >= low) & (weight <= high), weight, 0.0)
+    log_weight = _log_weight(old_log_prob, sampler_log_prob, mask)
+    if level == "sequence":
+        log_weight = _sequence_log_weight(log_weight, mask, statistic)
+    elif level != "token":
+        raise ValueError(f"level must be 'token' or 'sequence', got {level!r}")
+    weight = _bounded_exp(log_weight)
+    weight = jnp.where((weight >= low) & (weight <= high), weight, 0.0)
+    return masked(jnp.broadcast_to(weight, jnp.shape(mask)), mask)
 
 
 def sequence_mask(old_log_prob, sampler_log_prob, mask, *, low=0.0, high=3.0, statistic="product"):
@@ -95,10 +108,8 @@ def sequence_mask(old_log_prob, sampler_log_prob, mask, *, low=0.0, high=3.0, st
     Returns:
       bool `[B, T]`, True on the tokens of the sequences that stay.
     """
-    if statistic not in ("product", "geometric"):
-        raise ValueError(f"statistic must be 'product' or 'geometric', got {statistic!r}")
     log_weight = _log_weight(old_log_prob, sampler_log_prob, mask)
-    ratio = _bounded_exp(sequence_log_ratio(log_weight, mask, "sum" if statistic == "product" else "mean"))
+    ratio = _bounded_exp(_sequence_log_weight(log_weight, mask, statistic))
     return (jnp.asarray(mask) != 0) & (ratio >= low) & (ratio <= high)
 
 

@@ -20,6 +20,9 @@ def dpo_loss(chosen, rejected, beta=0.1, *, label_smoothing=0.0):
 
     Returns:
       loss `[B]`.
+
+    Raises:
+      ValueError: different shapes, or a concrete label_smoothing outside its range.
     """
     check_same_shape(chosen=chosen, rejected=rejected)
     known = concrete(label_smoothing)
@@ -40,10 +43,14 @@ def ipo_loss(chosen, rejected, beta=0.1, *, lengths=None):
 
     Returns:
       loss `[B]`.
+
+    Raises:
+      ValueError: different shapes.
     """
     check_same_shape(chosen=chosen, rejected=rejected)
     chosen, rejected = accurate(chosen), accurate(rejected)
     if lengths is not None:
+        check_same_shape(chosen=chosen, chosen_length=lengths[0], rejected_length=lengths[1])
         chosen, rejected = (s / jnp.maximum(n, 1) for s, n in zip((chosen, rejected), lengths, strict=True))
     return jnp.square(chosen - rejected - 1 / (2 * beta))
 
@@ -69,7 +76,13 @@ def kto_loss(score, desirable, z0, beta=0.1, *, desirable_weight=1.0, undesirabl
 
     Returns:
       loss `[B]`.
+
+    Raises:
+      ValueError: different shapes.
     """
+    check_same_shape(score=score, desirable=desirable)
+    if jnp.ndim(z0):
+        raise ValueError(f"z0 must be a scalar, got shape {jnp.shape(z0)}")
     sign = jnp.where(desirable, 1.0, -1.0)
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
     return weight * jax.nn.sigmoid(-sign * beta * (accurate(score) - z0))

@@ -5,8 +5,9 @@ another mode is another objective. A denominator of the global batch makes the p
 """
 
 import jax.numpy as jnp
+import numpy as np
 
-from rollax.objectives.arrays import accurate, masked, ratio_or_zero
+from rollax.objectives.arrays import accurate, concrete, masked, ratio_or_zero
 
 MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 
@@ -80,8 +81,11 @@ def aggregate(loss, mask, mode, *, norm=None):
       `[]`, float32 or wider. An empty mask gives 0 with zero gradients.
 
     Raises:
-      ValueError: unknown mode, or shapes that are not both `[B, T]`.
+      ValueError: unknown mode, shapes that are not both `[B, T]`, or a concrete `norm` that is not positive.
     """
+    known = None if norm is None else concrete(norm)
+    if known is not None and not np.all(known > 0):
+        raise ValueError(f"norm must be positive, got {norm}")
     mode = _mode(mode)
     loss, mask = jnp.asarray(loss), jnp.asarray(mask)
     if loss.ndim != 2 or loss.shape != mask.shape:

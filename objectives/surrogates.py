@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rollax.objectives.arrays import accurate, check_same_shape, concrete, masked, per_token
+from rollax.objectives.arrays import accurate, check_log_prob, check_same_shape, concrete, masked, per_token
 from rollax.objectives.band import binary_divergence
 from rollax.objectives.reduction import masked_mean
 
@@ -47,14 +47,25 @@ def sequence_log_ratio(log_ratio, mask, mode="mean"):
     raise ValueError(f"mode must be 'mean' or 'sum', got {mode!r}")
 
 
+def _check_epsilons(**epsilons):
+    for name, x in epsilons.items():
+        if (known := concrete(x)) is not None and not np.all(known >= 0):
+            raise ValueError(f"{name} must not be negative, got {x}")
+
+
 def clip_bounds(epsilon_low=0.2, epsilon_high=None):
     """The fixed interval of PPO, `[1 - epsilon, 1 + epsilon]`; with two numbers Clip-Higher (DAPO, arXiv 2503.14476).
 
     Args:
       epsilon_low: how far the ratio may fall.
       epsilon_high: how far it may rise; None for `epsilon_low`. DAPO uses 0.2 and 0.28.
+
+    Raises:
+      ValueError: a concrete negative or NaN epsilon.
     """
-    return 1 - epsilon_low, 1 + (epsilon_low if epsilon_high is None else epsilon_high)
+    epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+    _check_epsilons(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    return 1 - epsilon_low, 1 + epsilon_high
 
 
 def dcpo_bounds(old_log_prob, epsilon_low=0.16, epsilon_high=0.2, *, upper_max=10.0):
@@ -68,7 +79,12 @@ def dcpo_bounds(old_log_prob, epsilon_low=0.16, epsilon_high=0.2, *, upper_max=1
 
     Returns:
       (lower, upper), `[...]`, gradients stopped.
+
+    Raises:
+      ValueError: a concrete log-probability above 1e-6 or a concrete negative epsilon.
     """
+    check_log_prob("old_log_prob", old_log_prob)
+    _check_epsilons(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     old_log_prob = jax.lax.stop_gradient(accurate(old_log_prob))
     inverse = jnp.exp(jnp.minimum(-old_log_prob, 80.0))  # 1/p, finite
     lower = 0.5 + 0.5 * jnp.sqrt(jnp.maximum(1 - 4 * epsilon_low * inverse, 0.0))

@@ -261,6 +261,8 @@ def test_bad_input():
         band_bounds(jnp.array([-1.0, 0.5]), 0.1)
     with pytest.raises(ValueError, match="new_log_prob"):
         binary_divergence(-1.0, 0.5)
+    with pytest.raises(ValueError, match="old_log_prob, new_log_prob must have one shape"):
+        binary_divergence(-jnp.ones(3), -jnp.ones((3, 1)))
     for options, message in (
         ({"upper_max": 0.5}, "upper_max must be at least 1, got 0.5"),
         ({"newton_steps": 0}, "newton_steps must be at least 1, got 0"),
@@ -271,6 +273,14 @@ def test_bad_input():
     upper = jax.jit(lambda cap: band_bounds(-1.0, 0.1, upper_max=cap)[1])(0.5)
     assert upper == 1.0  # traced: clamped
     band_bounds(1e-7, 0.1)  # rounding is forgiven
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergence_of_distant_policies_is_finite(divergence):
+    log_p = jnp.array([-jnp.inf, -100.0, -79.0, -50.0, -1.0, -0.7, -1e-3, 0.0])
+    old, new = (x.ravel() for x in jnp.meshgrid(log_p, log_p))
+    value, gradient = jax.vmap(jax.value_and_grad(lambda n, o: binary_divergence(o, n, divergence)))(new, old)
+    assert np.all(np.isfinite(value)) and np.all(np.isfinite(gradient))
 
 
 def test_chi2_of_a_tail_token_does_not_overflow():

@@ -60,6 +60,15 @@ def test_bad_input():
         kl_estimate(LOGITS, REF, "k4")
 
 
+@pytest.mark.parametrize("kind", ["k3", "k3+"])
+def test_far_references_stay_finite(kind):
+    new, ref = jnp.array([-200.0, -1.0]), jnp.array([-1.0, -200.0])
+    for clip in (None, 10.0):
+        value, slope = jax.value_and_grad(lambda x, c=clip: kl_estimate(x, ref, kind, value_clip=c).sum())(new)
+        assert np.isfinite(value) and np.all(np.isfinite(slope))
+    np.testing.assert_allclose(ratio_weighted_kl(new, new, ref, kind, log_ratio_clip=None, value_clip=10.0), [10, 10])
+
+
 def test_far_ratios_stay_finite():
     for new, old, ref in ((-200.0, -0.1, -0.1), (-0.1, -200.0, -0.1), (-0.1, -0.1, -200.0)):
         value, slope = jax.value_and_grad(lambda x, old=old, ref=ref: ratio_weighted_kl(x, old, ref))(new)

@@ -42,6 +42,11 @@ def test_sequence_mask():
     np.testing.assert_array_equal(keep, [[0] * 4, [1] * 4, [0] * 4])
 
 
+def test_masked_weights_by_geometric_mean():
+    weight = masked_weights(*LOGS, low=0.999, high=1.1, statistic="geometric")
+    np.testing.assert_allclose(weight, [[0] * 4, [1.2**0.25] * 4, [0] * 4], rtol=1e-5)
+
+
 def test_rejection():
     np.testing.assert_array_equal(
         rejection_mask(*LOGS, low=np.log(0.5), high=np.log(2)), [[1, 1, 1, 0], [0, 0, 1, 1], [0] * 4]

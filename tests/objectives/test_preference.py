@@ -47,3 +47,9 @@ def test_bad_input():
         ipo_loss(jnp.zeros(3), jnp.zeros((3, 1)))
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1/2\), got 1.5"):
         dpo_loss(jnp.zeros(3), jnp.zeros(3), label_smoothing=1.5)
+    with pytest.raises(ValueError, match="chosen, chosen_length, rejected_length must have one shape"):
+        ipo_loss(jnp.zeros(3), jnp.zeros(3), lengths=(jnp.ones(3), jnp.ones((3, 1))))
+    with pytest.raises(ValueError, match="score, desirable must have one shape"):
+        kto_loss(jnp.zeros(3), jnp.zeros((3, 1)), 0.0)
+    with pytest.raises(ValueError, match=r"z0 must be a scalar, got shape \(3, 1\)"):
+        kto_loss(jnp.zeros(3), jnp.zeros(3), jnp.zeros((3, 1)))

@@ -82,3 +82,6 @@ def test_bad_input():
         aggregate(LOSS, MASK[:, :3], "token_mean")
     with pytest.raises(ValueError, match=r"mask must be \[B, T\]"):
         denominator(MASK[0], "token_mean")
+    for norm in (0, -1.0, np.nan):
+        with pytest.raises(ValueError, match=f"norm must be positive, got {norm}"):
+            aggregate(LOSS, MASK, "token_mean", norm=norm)

@@ -165,6 +165,12 @@ def test_traced_numbers_sweep():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match=r"epsilon_low must not be negative, got -0\.1"):
+        ob.clip_bounds(-0.1)
+    with pytest.raises(ValueError, match="epsilon_high must not be negative, got nan"):
+        ob.clip_bounds(0.2, np.nan)
+    with pytest.raises(ValueError, match=r"old_log_prob must be log-probabilities .* 0\.5"):
+        ob.dcpo_bounds(jnp.array([-1.0, 0.5]))
     with pytest.raises(ValueError, match="dual_clip must be above 1"):
         ob.clipped_surrogate(NEW - OLD, ADVANTAGE, 0.8, 1.2, dual_clip=0.5)
     with pytest.raises(ValueError, match="log_prob, old_log_prob must have one shape"):
