@@ -75,17 +75,17 @@ def aggregate(loss, mask, mode, *, norm=None):
       loss: `[B, T]`; whatever stands where the mask is zero is ignored.
       mask: `[B, T]`, bool or 0/1.
       mode: one of the above.
-      norm: positive scalar, may be traced; None for the default.
+      norm: scalar, may be traced; None for the default. Zero (the denominator of an empty batch) gives 0.
 
     Returns:
       `[]`, float32 or wider. An empty mask gives 0 with zero gradients.
 
     Raises:
-      ValueError: unknown mode, shapes that are not both `[B, T]`, or a concrete `norm` that is not positive.
+      ValueError: unknown mode, shapes that are not both `[B, T]`, or a concrete `norm` below 0.
     """
     known = None if norm is None else concrete(norm)
-    if known is not None and not np.all(known > 0):
-        raise ValueError(f"norm must be positive, got {norm}")
+    if known is not None and not np.all(known >= 0):
+        raise ValueError(f"norm must not be negative, got {norm}")
     mode = _mode(mode)
     loss, mask = jnp.asarray(loss), jnp.asarray(mask)
     if loss.ndim != 2 or loss.shape != mask.shape:

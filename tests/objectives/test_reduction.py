@@ -82,6 +82,12 @@ def test_bad_input():
         aggregate(LOSS, MASK[:, :3], "token_mean")
     with pytest.raises(ValueError, match=r"mask must be \[B, T\]"):
         denominator(MASK[0], "token_mean")
-    for norm in (0, -1.0, np.nan):
-        with pytest.raises(ValueError, match=f"norm must be positive, got {norm}"):
+    for norm in (-1.0, np.nan):
+        with pytest.raises(ValueError, match=f"norm must not be negative, got {norm}"):
             aggregate(LOSS, MASK, "token_mean", norm=norm)
+
+
+def test_the_denominator_of_an_empty_batch_gives_zero():
+    loss, mask = jnp.ones((2, 3)), jnp.zeros((2, 3))
+    for mode in MODES:
+        assert aggregate(loss, mask, mode, norm=denominator(mask, mode)) == 0
