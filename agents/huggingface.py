@@ -232,6 +232,9 @@ def config_from_hf(published: dict[str, Any]) -> TransformerConfig:
     others = set(published.get("layer_types") or ()) - {"full_attention"}
     if others or published.get("use_sliding_window"):
         raise ValueError(f"only full attention is supported, got {', '.join(others) or 'use_sliding_window'}")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if not isinstance(published[name], int):
+            raise ValueError(f"{name} must be an integer, got {published[name]!r}")
     theta, scaling = parse_rope(published)
     bias = True if family == "qwen2" else bool(published.get("attention_bias", False))
     heads = published["num_attention_heads"]

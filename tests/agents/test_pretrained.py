@@ -410,6 +410,7 @@ def test_files_of_another_form_are_named(tmp_path):
     for key in ("hidden_size", "vocab_size", "num_attention_heads"):
         without = {name: value for name, value in config.items() if name != key}
         broken("config.json", json.dumps(without), rf"config.json: the entry '{key}' is missing")
+    broken("config.json", json.dumps(config | {"hidden_size": None}), r"hidden_size must be an integer, got None")
     plain = {name: value for name, value in config.items() if name != "rope_parameters"}
     linear = json.dumps(plain | {"rope_scaling": {"type": "linear"}})
     broken("config.json", linear, r"config.json: the entry 'factor' is missing")
