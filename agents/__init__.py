@@ -3,7 +3,7 @@
 from rollax.agents.generation import Generation, Sampling, generate
 from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary
 from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
-from rollax.agents.rollout import Trajectory, demonstrate, rollout, score
+from rollax.agents.rollout import Policy, Trajectory, demonstrate, language_policy, play, reactive, rollout, score
 from rollax.agents.sharding import batch_sharding, make_mesh, named_shardings, state_shardings
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
@@ -11,6 +11,7 @@ from rollax.agents.transformer import TransformerConfig, transformer
 __all__ = [
     "Generation",
     "LanguageModel",
+    "Policy",
     "Pretrained",
     "Sampling",
     "Trajectory",
@@ -18,9 +19,12 @@ __all__ = [
     "batch_sharding",
     "demonstrate",
     "generate",
+    "language_policy",
     "load_pretrained",
     "make_mesh",
     "named_shardings",
+    "play",
+    "reactive",
     "repeat_rows",
     "restrict_vocabulary",
     "rollout",

@@ -1,17 +1,103 @@
-"""Episodes of a language-model policy in a token environment, single- or multi-turn, inside one program.
+"""Episodes of a policy in an environment, single- or multi-turn, inside one program.
 
-Tokens in, tokens out: an episode is ids, positions and masks; nothing is decoded or encoded on the way. `rollout`
-samples, `score` gives the log-probs of the same tokens with gradients; that the two agree is a test.
+`play` is the loop for any policy (a language model or an ordinary one) and any environment. For language models
+`rollout` returns what was played as tokens in, tokens out (ids, positions and masks; nothing is decoded or encoded on
+the way), and `score` gives the log-probs of the same tokens with gradients; that the two agree is a test.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rollax.agents.generation import Sampling, decode, padded_positions, prefill, start
 from rollax.agents.language_model import LanguageModel, features, log_prob_and_entropy, repeat_rows
+
+
+class Policy(NamedTuple):
+    """How something with a memory acts in N environments at once.
+
+    Attributes:
+      begin: `begin(observation [P, ...]) -> memory [P, ...]`, of first observations, one per start.
+      see: `see(memory, observation, alive [N]) -> memory`, of the observations that follow.
+      act: `act(keys [N], memory, alive) -> (action [N, ...], memory, record [N, ...])`; the record is kept.
+    """
+
+    begin: Callable[[Any], Any]
+    see: Callable[[Any, Any, jax.Array], Any]
+    act: Callable[[jax.Array, Any, jax.Array], tuple[Any, Any, Any]]
+
+
+class Episodes(NamedTuple):
+    """N episodes of at most K steps; nothing counts after an episode's end.
+
+    Attributes:
+      record: what the policy kept of each step, `[N, K, ...]`.
+      mask: bool `[N, K]`, the step belongs to the episode.
+      reward: float32 `[N, K]`, 0 after the end.
+      terminated, truncated: bool `[N]`, how the episode ended.
+      info: the environment's info of each step, `[N, K, ...]`.
+    """
+
+    record: Any
+    mask: jax.Array
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    info: dict[str, jax.Array]
+
+
+def reactive(act: Callable[[jax.Array, Any], tuple[Any, Any]]) -> Policy:
+    """An ordinary policy without memory: `act(key, observation) -> (action, extras)` for ONE environment.
+
+    Its record is `(observation, action, extras)`.
+    """
+
+    def act_rows(keys, observation, alive):
+        action, extras = jax.vmap(act)(keys, observation)
+        return action, observation, (observation, action, extras)
+
+    return Policy(
+        begin=lambda observation: observation, see=lambda memory, observation, alive: observation, act=act_rows
+    )
+
+
+def play(key: jax.Array, env, policy: Policy, *, num_starts: int, num_steps: int, group_size: int = 1) -> Episodes:
+    """Plays `num_starts` starts `group_size` times each; row `p * group_size + g` is sample g of start p.
+
+    Args:
+      env: `reset(key) -> (state, observation)` and `step(key, state, action) -> (state, Step)` (`rollax.envs`).
+      num_steps: K; an episode that is longer is cut, neither terminated nor truncated.
+    """
+    rows = num_starts * group_size
+    reset_key, sample_key, step_key = jax.random.split(key, 3)
+    keys_of = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    state, observation = jax.vmap(env.reset)(keys_of(reset_key, jnp.arange(num_starts)))
+    sample_keys = keys_of(sample_key, jnp.arange(rows))
+    step_keys = keys_of(step_key, jnp.arange(rows))
+    at_step = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+
+    def act(index, memory, state, alive):
+        action, memory, record = policy.act(at_step(sample_keys, index), memory, alive)
+        state, step = jax.vmap(env.step)(at_step(step_keys, index), state, action)
+        terminated, truncated = alive & step.terminated, alive & step.truncated
+        kept = (record, alive, jnp.where(alive, step.reward, 0.0), terminated, truncated, step.info)
+        return (memory, state, step.observation, alive & ~(terminated | truncated)), kept
+
+    def see_and_act(carry, index):
+        memory, state, observation, alive = carry
+        return act(index, policy.see(memory, observation, alive), state, alive)
+
+    # A group shares its start, and so what its policy makes of the first observation.
+    memory, state = repeat_rows((policy.begin(observation), state), group_size)
+    carry, kept = act(0, memory, state, jnp.ones(rows, bool))
+    kept = jax.tree.map(lambda x: x[:, None], kept)
+    if num_steps > 1:
+        _, rest = jax.lax.scan(see_and_act, carry, jnp.arange(1, num_steps))
+        kept = jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.moveaxis(y, 0, 1)], axis=1), kept, rest)
+    record, mask, reward, terminated, truncated, info = kept
+    return Episodes(record, mask, reward, terminated.any(axis=1), truncated.any(axis=1), info)
 
 
 class Trajectory(NamedTuple):
@@ -41,6 +127,74 @@ class Trajectory(NamedTuple):
     info: dict[str, jax.Array]
 
 
+class Memory(NamedTuple):
+    """What a language model remembers: its context, the observation just seen, the last sampled column."""
+
+    context: Any
+    ids: jax.Array
+    positions: jax.Array
+    sampled: tuple[jax.Array, jax.Array] | None
+
+
+def language_policy(
+    model: LanguageModel,
+    params,
+    spec,
+    *,
+    sampling: Sampling | None = None,
+    prefix: jax.Array | None = None,
+    early_exit: bool = True,
+) -> Policy:
+    """A language model as a policy; its record is the columns of one turn of a `Trajectory`."""
+    width = spec.max_observation
+
+    def begin(observation):
+        slots = spec.max_turns * (width + spec.max_action)
+        cache, first = start(model, params, observation.ids.shape[0], slots, prefix)
+        positions = padded_positions(observation.length, width, first)
+        return Memory(
+            prefill(model, params, observation.ids, positions, cache, first), observation.ids, positions, None
+        )
+
+    def see(memory, observation, alive):
+        context = memory.context
+        positions = jnp.where(alive[:, None], padded_positions(observation.length, width, context.position), -1)
+        # The last sampled column has not been fed yet: it goes in with the observation (see `decode`).
+        ids, at = (
+            jnp.concatenate([last, new], axis=1)
+            for last, new in zip(memory.sampled, (observation.ids, positions), strict=True)
+        )
+        context = prefill(model, params, ids, at, context.cache, context.position)
+        return Memory(context, observation.ids, positions, memory.sampled)
+
+    def act(keys, memory, alive):
+        generation, context = decode(
+            model,
+            params,
+            keys,
+            memory.context,
+            max_new_tokens=spec.max_action,
+            stop_ids=spec.stop_ids,
+            pad_id=spec.pad_id,
+            sampling=sampling,
+            active=alive,
+            early_exit=early_exit,
+        )
+        positions = padded_positions(generation.mask.sum(axis=1), spec.max_action, memory.context.position)
+        blank = jnp.zeros(memory.ids.shape, jnp.float32)
+        record = dict(
+            tokens=jnp.concatenate([memory.ids, generation.tokens], axis=1),
+            positions=jnp.concatenate([memory.positions, positions], axis=1),
+            mask=jnp.concatenate([blank > 0, generation.mask], axis=1),
+            log_prob=jnp.concatenate([blank, generation.log_prob], axis=1),
+            full_log_prob=jnp.concatenate([blank, generation.full_log_prob], axis=1),
+        )
+        sampled = (generation.tokens[:, -1:], positions[:, -1:])
+        return generation.tokens, Memory(context, memory.ids, memory.positions, sampled), record
+
+    return Policy(begin, see, act)
+
+
 def rollout(
     key: jax.Array,
     model: LanguageModel,
@@ -53,7 +207,7 @@ def rollout(
     prefix: jax.Array | None = None,
     early_exit: bool = True,
 ) -> Trajectory:
-    """Plays `num_prompts` episodes starts, `group_size` times each; row `p * group_size + g` is sample g of start p.
+    """Episodes of a language model: `play` with `language_policy`, its turns side by side as columns of tokens.
 
     Args:
       env: an environment of tokens (`rollax.envs`): `reset(key)`, `step(key, state, action)` and a `spec` with
@@ -61,87 +215,18 @@ def rollout(
       sampling, prefix, early_exit: see `agents.generation`.
     """
     spec = env.spec
-    width, turns = spec.max_observation, spec.max_turns
+    policy = language_policy(model, params, spec, sampling=sampling, prefix=prefix, early_exit=early_exit)
+    played = play(key, env, policy, num_starts=num_prompts, num_steps=spec.max_turns, group_size=group_size)
     rows = num_prompts * group_size
-    reset_key, sample_key, step_key = jax.random.split(key, 3)
-    keys_of = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    state, observation = jax.vmap(env.reset)(keys_of(reset_key, jnp.arange(num_prompts)))
-    sample_keys = keys_of(sample_key, jnp.arange(rows))
-    step_keys = keys_of(step_key, jnp.arange(rows))
-    at_turn = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-
-    # A group shares its start: the first prompt is computed once for all its rows.
-    cache, begin = start(model, params, num_prompts, turns * (width + spec.max_action), prefix)
-    positions = padded_positions(observation.length, width, begin)
-    context = prefill(model, params, observation.ids, positions, cache, begin)
-    context, state, ids, positions = repeat_rows((context, state, observation.ids, positions), group_size)
-
-    def act(turn, context, state, alive):
-        first = context.position
-        generation, context = decode(
-            model,
-            params,
-            at_turn(sample_keys, turn),
-            context,
-            max_new_tokens=spec.max_action,
-            stop_ids=spec.stop_ids,
-            pad_id=spec.pad_id,
-            sampling=sampling,
-            active=alive,
-            early_exit=early_exit,
-        )
-        state, step = jax.vmap(env.step)(at_turn(step_keys, turn), state, generation.tokens)
-        positions = padded_positions(generation.mask.sum(axis=1), spec.max_action, first)
-        step = step._replace(
-            reward=jnp.where(alive, step.reward, 0.0),
-            terminated=alive & step.terminated,
-            truncated=alive & step.truncated,
-        )
-        return generation, context, state, step, positions
-
-    def record(turn, ids, positions, generation, action_positions, step):
-        blank = jnp.zeros(ids.shape, jnp.float32)
-        return dict(
-            tokens=jnp.concatenate([ids, generation.tokens], axis=1),
-            positions=jnp.concatenate([positions, action_positions], axis=1),
-            mask=jnp.concatenate([blank > 0, generation.mask], axis=1),
-            turn=jnp.full((rows, width + spec.max_action), turn, jnp.int32),
-            log_prob=jnp.concatenate([blank, generation.log_prob], axis=1),
-            full_log_prob=jnp.concatenate([blank, generation.full_log_prob], axis=1),
-            reward=step.reward,
-            terminated=step.terminated,
-            truncated=step.truncated,
-            info=step.info,
-        )
-
-    alive = jnp.ones(rows, bool)
-    generation, context, state, step, action_positions = act(0, context, state, alive)
-    first = record(0, ids, positions, generation, action_positions, step)
-
-    def next_turn(carry, turn):
-        context, state, alive, generation, action_positions, step = carry
-        alive &= ~(step.terminated | step.truncated)
-        observation = step.observation
-        positions = jnp.where(alive[:, None], padded_positions(observation.length, width, context.position), -1)
-        # The last sampled column has not been fed yet: it goes in with the observation (see `decode`).
-        tokens = jnp.concatenate([generation.tokens[:, -1:], observation.ids], axis=1)
-        fed = jnp.concatenate([action_positions[:, -1:], positions], axis=1)
-        context = prefill(model, params, tokens, fed, context.cache, context.position)
-        generation, context, state, step, action_positions = act(turn, context, state, alive)
-        columns = record(turn, observation.ids, positions, generation, action_positions, step)
-        return (context, state, alive, generation, action_positions, step), columns
-
-    columns = jax.tree.map(lambda x: x[:, None], first)
-    if turns > 1:
-        carry = (context, state, alive, generation, action_positions, step)
-        _, rest = jax.lax.scan(next_turn, carry, jnp.arange(1, turns))
-        columns = jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.moveaxis(y, 0, 1)], axis=1), columns, rest)
-    flat = {
-        name: columns[name].reshape(rows, -1)
-        for name in ("tokens", "positions", "mask", "turn", "log_prob", "full_log_prob", "reward")
-    }
-    ended = {name: columns[name].any(axis=1) for name in ("terminated", "truncated")}
-    return Trajectory(**flat, **ended, info=columns["info"])
+    turn = jnp.repeat(jnp.arange(spec.max_turns, dtype=jnp.int32), spec.max_observation + spec.max_action)
+    return Trajectory(
+        **{name: x.reshape(rows, -1) for name, x in played.record.items()},
+        turn=jnp.broadcast_to(turn, (rows, turn.size)),
+        reward=played.reward,
+        terminated=played.terminated,
+        truncated=played.truncated,
+        info=played.info,
+    )
 
 
 def demonstrate(key: jax.Array, env, act: Callable, num_episodes: int) -> Trajectory:

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rollax import objectives
 from rollax.agents.generation import Sampling
-from rollax.agents.rollout import rollout, score
+from rollax.agents.rollout import play, reactive, rollout, score
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
+from rollax.envs.cartpole import cartpole
 from rollax.envs.environment import Environment, Step, Tokens, TokenSpec
 
 VOCAB, STOP = 11, 10
@@ -187,6 +189,50 @@ def test_tabular_policy_speaks_the_protocol():
         np.testing.assert_allclose(log_prob[:, 1:], expected, rtol=1e-6)
     table = jax.nn.softmax(logits)[prompt[:, None], jnp.arange(4)]
     np.testing.assert_allclose(entropy[:, 1:], -(table * jnp.log(table)).sum(-1), rtol=1e-5)
+
+
+def test_an_ordinary_policy_trains_in_the_same_rollout():
+    """GRPO on CartPole: `play`, group advantages, the clipped surrogate, a masked mean, and a linear policy."""
+    env, starts, samples, steps = cartpole(100), 4, 16, 100
+    group = np.arange(starts * samples) // samples
+
+    def act(params, key, observation):
+        log_probs = jax.nn.log_softmax(observation @ params)
+        action = jax.random.categorical(key, log_probs)
+        return action, log_probs[action]
+
+    def loss(params, episodes, advantage):
+        observation, action, old = episodes.record
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(observation @ params), action[..., None], axis=-1)[..., 0]
+        bounds = objectives.clip_bounds(0.2)
+        return objectives.aggregate(
+            objectives.clipped_surrogate(log_prob - old, advantage[:, None], *bounds), episodes.mask, "token_mean"
+        )
+
+    def update(params, key):
+        policy = reactive(functools.partial(act, params))
+        episodes = play(key, env, policy, num_starts=starts, group_size=samples, num_steps=steps)
+        reward = episodes.reward.sum(axis=1)
+        grads = jax.grad(loss)(params, episodes, objectives.grpo_advantages(reward, group, num_groups=starts))
+        return params - 5.0 * grads, reward.mean()
+
+    keys = jax.random.split(jax.random.key(0), 60)
+    _, reward = jax.jit(lambda params: jax.lax.scan(update, params, keys))(jnp.zeros((4, 2)))
+    assert reward[0] < 35
+    assert reward[-5:].mean() > 70, reward
+
+
+def test_play_stops_counting_at_the_end():
+    env = cartpole(100)
+    policy = reactive(lambda key, observation: (jnp.int32(1), ()))  # always right: it falls
+    episodes = jax.jit(lambda key: play(key, env, policy, num_starts=3, group_size=2, num_steps=30))(jax.random.key(1))
+    assert episodes.terminated.all()
+    assert not episodes.truncated.any()
+    length = episodes.mask.sum(axis=1)
+    np.testing.assert_array_equal(episodes.reward.sum(axis=1), length)  # 1 a step, none after the end
+    np.testing.assert_array_equal(episodes.mask, np.arange(30) < length[:, None])
+    assert (length[::2] == length[1::2]).all()  # a group shares its start, and the physics is deterministic
+    assert (jnp.abs(episodes.record[0][:, 0]) <= 0.05).all()
 
 
 def test_bad_input():
