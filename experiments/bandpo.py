@@ -9,12 +9,12 @@ and seeds in one program, and judges the claims R1 to R5.
     python experiments/bandpo.py --model tabular --arms clip band_kl --delta 0.02
     python experiments/bandpo.py --model smollm2 --task largest_of_three
 
-Results come to runs/bandpo/NAME/: report.md, results.json, curves as PNG, metrics.jsonl, every metric as NPZ.
+Results come to runs/bandpo/NAME/: report.html, results.json, figures, metrics as JSON lines and Parquet, checkpoints.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,18 +41,19 @@ from rollax.agents import (
     transformer,
 )
 from rollax.envs import Environment
-from rollax.experiments.harness.claims import Claim, Verdict, judge
-from rollax.experiments.harness.figures import Panel, save_panels
+from rollax.experiments.harness.claims import Claim
+from rollax.experiments.harness.command_line import Options, one_line_errors, parse
+from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.language_task import load_language_task
-from rollax.experiments.harness.loop import Results, early, final, gap, late, merge, run_chunks
-from rollax.experiments.harness.report import VERDICT_HEAD, cell, markdown, show, verdict_lines
-from rollax.experiments.harness.run import RunFolder, interruptible, one_line_errors, parse, use_compilation_cache
+from rollax.experiments.harness.loop import Results, Train, early, final, gap, late
+from rollax.experiments.harness.report import Episode
+from rollax.experiments.harness.study import Build, Study, main
 
 SMALL = ("tabular", "transformer")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """The study. `PRESETS` replaces some of these defaults for each kind of model."""
 
     model: str = "both"
@@ -139,19 +140,14 @@ class Config:
     """Pretrained: examples as bare lines ("7 * 4 = 28") instead of "Question: ... Answer: ..."."""
     max_answer: int = 4
     """Pretrained: the most tokens of an answer, its end included."""
-    mesh: str = ""
-    """Pretrained: devices, for example "data=2,fsdp=4"; all of them along fsdp when empty."""
     dtype: str = "float32"
     """Pretrained: type of the computation, float32 or bfloat16."""
     remat: bool = False
     """Pretrained: recompute activations in the backward pass."""
-    runs: str = "runs"
-    """Where run folders go."""
-    name: str = ""
-    """Of the run folder; the time when empty."""
 
     def check(self) -> None:
         """Raises ValueError for values that cannot work, before anything is computed."""
+        super().check()
         if self.model not in SMALL and self.model != "smollm2" and not Path(self.model).exists():
             known = ", ".join((*SMALL, "both", "smollm2"))
             raise ValueError(f"model: expected {known} or an existing path, got {self.model!r}")
@@ -331,6 +327,7 @@ class Policy(NamedTuple):
     start: Callable[[jax.Array], Any]
     prefix: jax.Array | None = None
     mesh: Mesh | None = None
+    shapes: Any = None  # of the parameters of a pretrained one
 
 
 def small_policy(config: Config, task: Task) -> Policy:
@@ -358,7 +355,7 @@ def prepare(config: Config) -> tuple[Task, Policy]:
         dtype=config.dtype,
         remat=config.remat,
     )
-    policy = Policy(loaded.model, lambda key: loaded.params, loaded.prefix, loaded.mesh)
+    policy = Policy(loaded.model, lambda key: loaded.take(), loaded.prefix, loaded.mesh, loaded.shapes)
     return Task(loaded.env, loaded.held_out), policy
 
 
@@ -400,20 +397,19 @@ class State(NamedTuple):
     step: jax.Array
 
 
-class Train(NamedTuple):
-    """The study as functions, to be jitted and vmapped.
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    """Up to the learning rate, which is traced."""
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(b2=0.99))
 
-    `init(key, params) -> State`; `advance(state, numbers) -> (state, metrics [updates, ...])`, a chunk of updates;
-    `evaluate(state, numbers) -> metrics` on held-out prompts.
-    """
 
-    init: Callable
-    advance: Callable
-    evaluate: Callable
+def first_state(key, params, config: Config, max_staleness: int = 0) -> State:
+    past = jax.tree.map(lambda x: jnp.repeat(x[None], max_staleness, axis=0), params) if max_staleness else ()
+    reference = params if config.kl_coefficient else ()
+    return State(params, optimizer_of(config).init(params), reference, past, key, jnp.int32(0))
 
 
 def make_train(config: Config, task: Task, policy: Policy, arms: tuple[str, ...], max_staleness: int = 0) -> Train:
-    """Builds the program of one run.
+    """The functions of one run: `advance` is a chunk of updates, `evaluate` plays held-out prompts.
 
     Args:
       arms: what `numbers.arm` chooses from.
@@ -422,7 +418,7 @@ def make_train(config: Config, task: Task, policy: Policy, arms: tuple[str, ...]
     model, env = policy.model, task.env
     rows = config.prompts * config.samples
     group = np.arange(rows) // config.samples
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(b2=0.99))
+    optimizer = optimizer_of(config)
     play = functools.partial(rollout, model=model, prefix=policy.prefix, early_exit=config.model not in SMALL)
 
     def spread(batch):
@@ -432,9 +428,8 @@ def make_train(config: Config, task: Task, policy: Policy, arms: tuple[str, ...]
         place = lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(policy.mesh, x.shape[0]))  # noqa: E731
         return jax.tree.map(place, batch)
 
-    def init(key, params):
-        past = jax.tree.map(lambda x: jnp.repeat(x[None], max_staleness, axis=0), params) if max_staleness else ()
-        return State(params, optimizer.init(params), params if config.kl_coefficient else (), past, key, jnp.int32(0))
+    def init(key):
+        return first_state(key, policy.start(key), config, max_staleness)
 
     def loss(params, batch, norm, numbers, reference):
         """Of a micro-batch, over the denominator of its whole mini-batch."""
@@ -573,59 +568,63 @@ def make_rows(config: Config) -> list[Row]:
     return rows + [Row(f"{a}/stale", a, config.lr, config.staleness) for a in stale]
 
 
-def numbers_of(config: Config, rows: list[Row]) -> tuple[Numbers, tuple[str, ...]]:
-    """The rows' numbers, stacked `[rows]`, and the arms that they choose from."""
+def numbers_of(config: Config, rows: list[Row]) -> tuple[dict[str, Numbers], tuple[str, ...]]:
+    """The rows' numbers by label, and the arms that they choose from."""
     arms = tuple(dict.fromkeys(row.arm for row in rows))
     shared = {field: getattr(config, field) for field in Numbers._fields if field not in Row._fields}
-    each = [Numbers(arm=arms.index(row.arm), lr=row.lr, staleness=row.staleness, **shared) for row in rows]
-    return jax.tree.map(lambda *x: jnp.asarray(np.array(x)), *each), arms
+    return {
+        row.label: Numbers(arm=arms.index(row.arm), lr=row.lr, staleness=row.staleness, **shared) for row in rows
+    }, arms
 
 
-def run_small(config: Config, task: Task, policy: Policy, folder: RunFolder) -> Results:
-    """All rows and seeds in one program: `vmap` over rows of `vmap` over seeds."""
+def build(config: Config) -> Build:
+    """A small policy trains all rows and seeds in one program; a pretrained one fills the devices, run by run."""
+    task, policy = prepare(config)
     rows = make_rows(config)
     numbers, arms = numbers_of(config, rows)
-    train = make_train(config, task, policy, arms, max(row.staleness for row in rows))
-    # One start and one stream of keys per seed, the same for every row: rows are compared at equal seeds.
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seed, config.seed + config.seeds))
-    init = jax.vmap(lambda key: train.init(key, policy.start(key)))
-    state = jax.jit(lambda keys: jax.tree.map(lambda x: jnp.repeat(x[None], len(rows), axis=0), init(keys)))(keys)
-    over_rows_and_seeds = lambda f: jax.vmap(jax.vmap(f, in_axes=(0, None)))  # noqa: E731
-    advance, evaluate = over_rows_and_seeds(train.advance), over_rows_and_seeds(train.evaluate)
-    labels = [row.label for row in rows]
-    return run_chunks(config.model, labels, config.updates, folder, advance, evaluate, state, numbers)
+    max_staleness = max(row.staleness for row in rows)
+    train = make_train(config, task, policy, arms, max_staleness)
+    episodes = functools.partial(sample_episodes, config, task, policy, rows)
+    if config.model in SMALL:
+        return Build(train, numbers, episodes)
+    # The optimiser's state lies where its parameters lie.
+    start = functools.partial(first_state, config=config)
+    shapes = jax.eval_shape(start, jax.random.key(0), policy.shapes)
+    places = named_shardings(policy.model.axes, policy.shapes, policy.mesh)
+    places = state_shardings(shapes, policy.shapes, places, policy.mesh)
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    place = jax.jit(start, out_shardings=places, donate_argnums=1)
+    return Build(train._replace(init=lambda key: place(key, policy.start(key))), numbers, episodes, state)
 
 
-def run_pretrained(config: Config, task: Task, policy: Policy, folder: RunFolder) -> Results:
-    """A model that fills the devices: rows and seeds one after the other, all from the same weights."""
-    params = policy.start(jax.random.key(0))
-    places = named_shardings(policy.model.axes, params, policy.mesh)
-    results = []
-    for row in make_rows(config):
-        numbers, arms = numbers_of(config, [row])
-        numbers = jax.tree.map(lambda x: x[0], numbers)
-        train = make_train(config, task, policy, arms)
-        for seed in range(config.seed, config.seed + config.seeds):
-            key = jax.random.key(seed)
-            # The optimiser's state lies where its parameters lie.
-            shapes = jax.eval_shape(train.init, key, params)
-            state_places = state_shardings(shapes, params, places, policy.mesh)
-            state = jax.jit(train.init, out_shardings=state_places)(key, params)
-            advance, evaluate = with_row_and_seed(train, state_places)
-            label = f"{Path(config.model).name}, seed {seed}"
-            results.append(run_chunks(label, [row.label], config.updates, folder, advance, evaluate, state, numbers))
-    return merge(results)
-
-
-def with_row_and_seed(train: Train, places) -> tuple[Callable, Callable]:
-    """`advance` and `evaluate` of one run; the state keeps its places, the metrics get axes for row and seed."""
-    lift = functools.partial(jax.tree.map, lambda x: x[None, None])
-
-    def advance(state, numbers):
-        state, metrics = train.advance(state, numbers)
-        return jax.lax.with_sharding_constraint(state, places), lift(metrics)
-
-    return advance, lambda state, numbers: lift(train.evaluate(state, numbers))
+def sample_episodes(config: Config, task: Task, policy: Policy, rows: list[Row], state_of: Callable) -> list[Episode]:
+    """Two held-out episodes of each of the arms that the paper is about, after training."""
+    arms = [arm for arm in ("clip", "band_kl") if arm in config.arms] or [rows[0].label]
+    env, vocab = task.held_out, task.held_out.spec.vocab
+    played = jax.jit(
+        lambda params: rollout(
+            jax.random.key(config.seed),
+            policy.model,
+            params,
+            env,
+            num_prompts=2,
+            sampling=Sampling(config.temperature),
+            prefix=policy.prefix,
+        )
+    )
+    episodes = []
+    for arm in arms:
+        state = state_of(arm)
+        if state is None:
+            continue
+        seen = jax.device_get(played(state.params))
+        for row, reward in enumerate(seen.reward.sum(axis=1)):
+            width, real = env.spec.max_observation, seen.positions[row] >= 0
+            sides = (slice(None, width), slice(width, None))
+            question, answer = (seen.tokens[row, side][real[side]] for side in sides)
+            question, answer = (envs.decode(ids, ids.size, vocab) for ids in (question, answer))
+            episodes.append(Episode(f"{arm}, prompt {row + 1}", [f"{question}\n=> {answer}"], float(reward)))
+    return episodes
 
 
 # --- Claims ---------------------------------------------------------------------------------------------------------
@@ -677,11 +676,6 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-def verdicts(results: Results) -> list[Verdict]:
-    """Of the claims whose rows have run."""
-    return [judge(claim, results) for claim in CLAIMS if all(row in results.train for row in claim.needs)]
-
-
 # --- Results --------------------------------------------------------------------------------------------------------
 
 COLUMNS: dict[str, Callable[[Results, str], np.ndarray]] = {
@@ -701,59 +695,26 @@ COLUMNS: dict[str, Callable[[Results, str], np.ndarray]] = {
 FIGURE = ("clip", "clip_higher", "dcpo", "band_kl", "band_tv", "band_kl_upper", "no_clip")
 
 
-def save_curves(path: Path, results: Results) -> None:
+def panels(results: Results) -> list[Panel]:
     """The rows of the main regime: what they earned, how they explored, what was clipped."""
     rows = [row for row in results.train if row in FIGURE] or list(results.train)
     updates = np.arange(1, results.evaluated_at[-1] + 1)
     titles = {"reward": "reward", "share_good": "share of good tokens", "entropy": "entropy (nats per token)",
               "clip_fraction": "share of tokens clipped", "kl_reached": "binary KL(old, new) (nats)"}  # fmt: skip
-    panels = [
+    shown = [
         Panel(title, updates, {row: results.train[row][metric] for row in rows})
         for metric, title in titles.items()
         if metric in results.train[rows[0]]
     ]
     for metric in ("reward", "pass@4"):
         curves = {row: results.held_out[row][metric] for row in rows if metric in results.held_out[row]}
-        if curves and len(panels) < 6:
-            panels.append(Panel(f"held-out {metric}", results.evaluated_at, curves))
-    save_panels(path, panels, FIGURE)
+        if curves and len(shown) < 6:
+            shown.append(Panel(f"held-out {metric}", results.evaluated_at, curves))
+    return shown
 
 
-def report(folder: RunFolder, everything: dict[str, Results]) -> None:
-    """Tables to the terminal and to report.md, numbers to results.json and (all metrics) NPZ files, curves as PNG."""
-    text, saved = ["# BandPO (arXiv 2603.04918)", ""], {}
-    for model, results in everything.items():
-        seeds = next(iter(results.train.values()))["reward"].shape[0]
-        columns = {
-            name: f
-            for name, f in COLUMNS.items()
-            if name != "pass@4" or "pass@4" in next(iter(results.held_out.values()))
-        }
-        lines = [[row, *(cell(f(results, row)) for f in columns.values())] for row in results.train]
-        judged = verdicts(results) if seeds > 1 else []
-        title = f"{model}: mean ± half the 95 % interval over {seeds} seeds" if seeds > 1 else f"{model}: one seed"
-        save_curves(folder.path / f"curves_{model}.png", results)
-        spent = ", ".join(f"{name} {value:.0f} s" for name, value in results.seconds.items())
-        text += [f"## {title}", "", f"{spent}.", "", f"![curves](curves_{model}.png)", ""]
-        text += [markdown(["arm", *columns], lines), ""]
-        show(title, ["arm", *columns], lines)
-        if judged:
-            text += [markdown(VERDICT_HEAD, verdict_lines(judged)), ""]
-            show(f"{model}: claims", VERDICT_HEAD, verdict_lines(judged))
-        saved[model] = {
-            "claims": [verdict.as_dict() for verdict in judged],
-            "rows": {row: {name: f(results, row) for name, f in columns.items()} for row in results.train},
-            "seconds": results.seconds,
-        }
-        for part, values in (("train", results.train), ("held_out", results.held_out)):
-            arrays = {f"{row}:{name}": value for row, metrics in values.items() for name, value in metrics.items()}
-            np.savez_compressed(folder.path / f"{part}_{model}.npz", **arrays)
-    folder.write_json("results.json", saved)
-    folder.write_text("report.md", "\n".join(text))
-
-
-def configs_of(argv: list[str] | None = None) -> list[Config]:
-    """The command line, read once for each model over the defaults of its preset."""
+def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
+    """The command line, read once for each model over the defaults of its preset; by the model's name."""
     model = parse(Config(), __doc__, argv, check=False).model
     models = SMALL if model == "both" else (model,)
     kinds = [model if model in SMALL else "pretrained" for model in models]
@@ -763,24 +724,20 @@ def configs_of(argv: list[str] | None = None) -> list[Config]:
     with one_line_errors():
         for config in parsed:
             config.check()
-    return parsed
+    return {Path(config.model).name.removesuffix(".gguf"): config for config in parsed}
 
 
-def main(argv: list[str] | None = None) -> None:
-    use_compilation_cache()
-    configs = configs_of(argv)
-    with one_line_errors():
-        prepared = [prepare(config) for config in configs]
-        folder = RunFolder(configs[0].runs, "bandpo", configs[0].name, {config.model: config for config in configs})
-    print(f"results: {folder.path}")
-    with interruptible(folder):
-        everything = {}
-        for config, (task, policy) in zip(configs, prepared, strict=True):
-            run = run_small if config.model in SMALL else run_pretrained
-            everything[Path(config.model).name.removesuffix(".gguf")] = run(config, task, policy, folder)
-        report(folder, everything)
-    print(f"report: {folder.path / 'report.md'}")
-
+STUDY = Study(
+    name="bandpo",
+    title="BandPO (arXiv 2603.04918)",
+    configs=configs_of,
+    build=build,
+    claims=CLAIMS,
+    columns=COLUMNS,
+    panels=panels,
+    traced=tuple(field for field in Numbers._fields if field not in ("arm", "staleness")),
+    order=FIGURE,
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

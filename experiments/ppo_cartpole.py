@@ -20,15 +20,18 @@ import optax
 from flax import nnx
 
 from rollax import envs, objectives
-from rollax.experiments.harness.claims import Claim, judge
-from rollax.experiments.harness.figures import Panel, save_panels
-from rollax.experiments.harness.loop import Results, final, run_chunks
-from rollax.experiments.harness.report import VERDICT_HEAD, markdown, show, verdict_lines
-from rollax.experiments.harness.run import RunFolder, interruptible, one_line_errors, parse, use_compilation_cache
+from rollax.agents import play, reactive
+from rollax.envs.cartpole import CartPoleState
+from rollax.experiments.harness.claims import Claim
+from rollax.experiments.harness.command_line import Options, parse
+from rollax.experiments.harness.figures import Panel
+from rollax.experiments.harness.loop import Results, Train, final, late
+from rollax.experiments.harness.report import Episode
+from rollax.experiments.harness.study import Build, Study, main
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """The study."""
 
     seeds: int = 10
@@ -61,13 +64,10 @@ class Config:
     """Weight of the value loss."""
     chunk: int = 24
     """Updates between evaluations."""
-    runs: str = "runs"
-    """Where run folders go."""
-    name: str = ""
-    """Of the run folder; the time when empty."""
 
     def check(self) -> None:
         """Raises ValueError for values that cannot work, before anything is computed."""
+        super().check()
         for field in ("seeds", "updates", "num_envs", "steps", "passes", "mini_batches", "width", "chunk"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
@@ -125,38 +125,38 @@ class State(NamedTuple):
     step: jax.Array
 
 
-class Train(NamedTuple):
-    """`init(key) -> State`; `advance(state, numbers) -> (state, metrics [updates])`; `evaluate(state, numbers)`."""
+def network(config: Config) -> Callable:
+    """`apply(params, observation) -> (logits, value)`, a pure function."""
+    spec = envs.cartpole().spec
+    build = lambda: ActorCritic(*spec.observation_shape, spec.num_actions, config.width, rngs=nnx.Rngs(0))  # noqa: E731
+    graph = nnx.graphdef(nnx.eval_shape(build))
+    return lambda params, observation: nnx.merge(graph, params)(observation)
 
-    init: Callable
-    advance: Callable
-    evaluate: Callable
+
+def greedy(apply: Callable, params: Any):
+    """The policy that takes the likeliest action."""
+    return reactive(lambda key, observation: (jnp.argmax(apply(params, observation)[0]), ()))
 
 
 def make_train(config: Config) -> Train:
+    """The functions of one run."""
     env = envs.cartpole()
     vector = envs.vectorize(env, config.num_envs)
     (observations,), actions = env.spec.observation_shape, env.spec.num_actions
-    graph = nnx.graphdef(nnx.eval_shape(lambda: ActorCritic(observations, actions, config.width, rngs=nnx.Rngs(0))))
+    apply = network(config)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.scale_by_adam(eps=1e-5))
-
-    def apply(params, observation):
-        return nnx.merge(graph, params)(observation)
 
     def act(params, key, observation):
         logits, value = apply(params, observation)
         action = jax.random.categorical(key, logits)
         return action, (jax.nn.log_softmax(logits)[action], value)
 
-    def act_greedily(params, key, observation):
-        return jnp.argmax(apply(params, observation)[0]), ()
-
     unroll = vector.unroll(act, config.steps)
-    longest = vector.unroll(act_greedily, env.spec.max_steps)
 
     def init(key):
         key, model_key, env_key = jax.random.split(key, 3)
-        params = nnx.state(ActorCritic(observations, actions, config.width, rngs=nnx.Rngs(model_key)))
+        model = ActorCritic(observations, actions, config.width, rngs=nnx.Rngs(model_key))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return State(params, optimizer.init(params), *vector.reset(env_key), key, jnp.int32(0))
 
     def loss(params, batch, numbers):
@@ -201,19 +201,34 @@ def make_train(config: Config) -> Train:
         (params, opt_state), entropy = jax.lax.scan(step, carry, order.reshape(config.passes * config.mini_batches, -1))
         metrics = envs.episode_statistics(seen.step)
         metrics |= {"reward": metrics.pop("episode_return"), "entropy": entropy.mean()}
-        metrics["tokens"] = jnp.int32(config.num_envs * config.steps)
+        metrics["env_steps"] = jnp.int32(config.num_envs * config.steps)
         return State(params, opt_state, env_state, observation, state.key, state.step + 1), metrics
 
     def advance(state, numbers):
         return jax.lax.scan(lambda s, _: update(s, numbers), state, length=min(config.chunk, config.updates))
 
     def evaluate(state, numbers):
-        """The return of the greedy policy, from fresh starts: one episode of every environment."""
-        _, _, seen = longest(state.params, *vector.reset(jax.random.fold_in(state.key, 2**20)))
-        first = jnp.cumsum(seen.step.done, axis=0) - seen.step.done == 0
-        return {"reward": jnp.sum(first * seen.step.reward, axis=0).mean()}
+        """The return of the greedy policy: one episode of every environment."""
+        key = jax.random.fold_in(state.key, 2**20)
+        episodes = play(key, env, greedy(apply, state.params), num_starts=config.num_envs, num_steps=env.spec.max_steps)
+        return {"reward": episodes.reward.sum(axis=1).mean()}
 
     return Train(init, advance, evaluate)
+
+
+def build(config: Config) -> Build:
+    numbers = Numbers(*(float(getattr(config, field)) for field in Numbers._fields))
+
+    def episodes(state_of) -> list[Episode]:
+        """The greedy policy of the first seed, every tenth step."""
+        env, policy = envs.cartpole(), greedy(network(config), state_of("ppo").params)
+        watch = jax.jit(lambda key: play(key, env, policy, num_starts=1, num_steps=env.spec.max_steps))
+        played = jax.device_get(watch(jax.random.key(config.seed)))
+        physics, length = played.record[0][0], int(played.mask.sum())  # what is observed is the state
+        frames = [env.render(CartPoleState(physics[t], np.int32(t))) for t in range(0, length, 10)]
+        return [Episode("the greedy policy, every tenth step", frames, float(played.reward.sum()))]
+
+    return Build(make_train(config), {"ppo": numbers}, episodes)
 
 
 CLAIMS = [
@@ -223,50 +238,37 @@ CLAIMS = [
         lambda results: final(results, "ppo", "reward"),
         bound=475.0,
         unit="steps",
+        needs=("ppo",),
     )
 ]
 
 
-def run(config: Config, folder: RunFolder) -> Results:
-    """All seeds in one vmap."""
-    train = make_train(config)
-    numbers = Numbers(*(jnp.float32(getattr(config, field)) for field in Numbers._fields))
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seed, config.seed + config.seeds))
-    state = jax.jit(jax.vmap(train.init))(keys)
-    row = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
-    over_seeds = lambda f: jax.vmap(f, in_axes=(0, None))  # noqa: E731
-
-    def advance(state, numbers):
-        state, metrics = over_seeds(train.advance)(state, numbers)
-        return state, row(metrics)
-
-    def evaluate(state, numbers):
-        return row(over_seeds(train.evaluate)(state, numbers))
-
-    return run_chunks("ppo_cartpole", ["ppo"], config.updates, folder, advance, evaluate, state, numbers)
+def finished(results: Results, row: str) -> np.ndarray:
+    """Return of the episodes that finished in the last sixth of the updates, `[seeds]`; few do once all are long."""
+    reward = results.train[row]["reward"]
+    return np.nanmean(reward[:, -max(1, reward.shape[1] // 6) :], axis=1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    use_compilation_cache()
-    config = parse(Config(), __doc__, argv)
-    with one_line_errors():
-        folder = RunFolder(config.runs, "ppo_cartpole", config.name, config)
-    with interruptible(folder):
-        results = run(config, folder)
-    judged = [judge(claim, results) for claim in CLAIMS]
-    updates = np.arange(1, config.updates + 1)
-    panels = [
-        Panel("return of finished episodes", updates, {"ppo": results.train["ppo"]["reward"]}),
-        Panel("return of the greedy policy", results.evaluated_at, {"ppo": results.held_out["ppo"]["reward"]}),
-        Panel("entropy (nats)", updates, {"ppo": results.train["ppo"]["entropy"]}),
+def panels(results: Results) -> list[Panel]:
+    train, held_out = results.train["ppo"], results.held_out["ppo"]
+    updates = np.arange(1, results.evaluated_at[-1] + 1)
+    return [
+        Panel("return of finished episodes", updates, {"ppo": train["reward"]}),
+        Panel("return of the greedy policy", results.evaluated_at, {"ppo": held_out["reward"]}),
+        Panel("entropy (nats)", updates, {"ppo": train["entropy"]}),
     ]
-    save_panels(folder.path / "curves.png", panels)
-    folder.write_json("results.json", {"claims": [v.as_dict() for v in judged], "seconds": results.seconds})
-    table = markdown(VERDICT_HEAD, verdict_lines(judged))
-    folder.write_text("report.md", f"# PPO on CartPole\n\n![curves](curves.png)\n\n{table}\n")
-    show(f"{config.seeds} seeds", VERDICT_HEAD, verdict_lines(judged))
-    print(f"report: {folder.path / 'report.md'}")
 
+
+STUDY = Study(
+    name="ppo_cartpole",
+    title="PPO on CartPole (arXiv 1707.06347)",
+    configs=lambda argv: {"ppo": parse(Config(), __doc__, argv)},
+    build=build,
+    claims=CLAIMS,
+    columns={"greedy return": final, "return": finished, "entropy": lambda r, row: late(r, row, "entropy")},
+    panels=panels,
+    traced=Numbers._fields,
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

@@ -16,7 +16,7 @@ import numpy as np
 from rollax import objectives
 from rollax.experiments import bandpo
 from rollax.experiments.harness.report import show
-from rollax.experiments.harness.run import use_compilation_cache
+from rollax.experiments.harness.devices import use_compilation_cache
 
 REPEATS = 7
 

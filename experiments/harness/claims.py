@@ -1,15 +1,25 @@
 """A claim of a paper, and the verdict that an experiment gives it. Seeds are the unit of analysis.
 
 A claim is a list of numbers, one per seed (usually the difference of two arms at equal seeds), and what it says of
-their mean. The interval is Student's t at the given level; the verdict follows from the interval alone.
+their mean. The interval is Student's t at the given level, or a confidence sequence where seeds were added after a
+look; the verdict follows from the interval alone. `judge_all` also says which verdicts are owed to there being many.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from rollax.experiments.harness.statistics import (
+    CORRECTIONS,
+    adjust,
+    always_valid_test,
+    confidence_sequence,
+    effect_size,
+    t_interval,
+    t_test,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,21 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`verdict` is "holds", "fails" or "inconclusive"; `low` and `high` bound the mean effect at `level`."""
+    """What the seeds say of a claim.
+
+    Attributes:
+      verdict: "holds", "fails" or "inconclusive".
+      effect: mean over seeds.
+      low, high: bound the mean at `level`; at every number of seeds together if `looks` is above 1.
+      p_value: of the claim's own test, one-sided for "above" and "below", of equivalence (the larger of two one-sided)
+        for "within". The claim holds where it is below (1 - level) / 2. NaN where nothing was tested.
+      effect_size: distance of the mean from `bound` (from 0 for "within") in standard deviations over seeds, with
+        Hedges' correction (`statistics.effect_size`).
+      looks: how often the seeds so far have been looked at with the choice to add more, this look included.
+      p_adjusted: `p_value` corrected over the claims of `judge_all`; NaN from `judge`.
+      correction: how, see `statistics.adjust`.
+      note: why a verdict is not what the interval alone says, or what weakens it.
+    """
 
     name: str
     statement: str
@@ -53,6 +77,11 @@ class Verdict:
     seeds: int
     level: float
     note: str = ""
+    p_value: float = np.nan
+    effect_size: float = np.nan
+    looks: int = 1
+    p_adjusted: float = np.nan
+    correction: str = ""
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -60,28 +89,40 @@ class Verdict:
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """(mean, low, high) of `values` `[n]` by Student's t; the whole line for n < 2, a point for equal values."""
-    values = np.asarray(values, np.float64)
-    mean = float(values.mean())
-    if values.size < 2:
-        return mean, -np.inf, np.inf
-    half = float(stats.t.ppf(0.5 + level / 2, values.size - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
+    mean, low, high = t_interval(np.ravel(values), level)
+    return float(mean), float(low), float(high)
 
 
-def judge(claim: Claim, results: Any, level: float = 0.95) -> Verdict:
-    """Holds if the whole interval agrees with the claim, fails if none of it does, else inconclusive."""
+def judge(claim: Claim, results: Any, level: float = 0.95, looks: int = 1) -> Verdict:
+    """Holds if the whole interval agrees with the claim, fails if none of it does, else inconclusive.
+
+    Args:
+      looks: 1 for a number of seeds that was fixed beforehand. Above 1, seeds were added after a look at the results:
+        Student's interval would miss too often, so a confidence sequence replaces it, which may be looked at any number
+        of times and needs no plan (a correction over looks would need their number in advance). It is wider, and a
+        study that means to add seeds passes 2 from its first look on: who stops at a first look that used Student's and
+        otherwise goes on has up to twice the error.
+
+    Raises:
+      ValueError: for an unknown `claim.says`, a level outside (0, 1), or looks below 1.
+    """
     if claim.says not in ("above", "below", "within"):
         raise ValueError(f"claim.says: expected 'above', 'below' or 'within', got {claim.says!r}")
-    values = np.asarray(claim.effect(results), np.float64)
-    mean, low, high = mean_interval(values, level)
-    bound = claim.bound
+    if looks < 1:
+        raise ValueError(f"looks: expected at least 1, got {looks}")
+    values, bound = np.ravel(np.asarray(claim.effect(results), np.float64)), claim.bound
+    interval, test = (t_interval, t_test) if looks == 1 else (confidence_sequence, always_valid_test)
+    mean, low, high = (float(x) for x in interval(values, level))
     holds = {"above": low > bound, "below": high < bound, "within": -bound <= low and high <= bound}[claim.says]
     fails = {"above": high <= bound, "below": low >= bound, "within": low > bound or high < -bound}[claim.says]
-    verdict, note = "holds" if holds else "fails" if fails else "inconclusive", ""
+    verdict, notes = "holds" if holds else "fails" if fails else "inconclusive", []
+    p_value = claim_p_value(claim, values, test)
     if not np.isfinite(values).all():
-        verdict, note = "inconclusive", "some seeds gave no number"
+        verdict, notes, p_value = "inconclusive", ["some seeds gave no number"], np.nan
     elif claim.applies is not None and not claim.applies(results):
-        verdict, note = "inconclusive", "outside the regime that the claim presupposes"
+        verdict, notes, p_value = "inconclusive", ["outside the regime that the claim presupposes"], np.nan
+    if looks > 1:
+        notes.append(f"look {looks}: the interval allows for added seeds")
     return Verdict(
         name=claim.name,
         statement=claim.statement,
@@ -94,5 +135,46 @@ def judge(claim: Claim, results: Any, level: float = 0.95) -> Verdict:
         unit=claim.unit,
         seeds=values.size,
         level=level,
-        note=note,
+        note="; ".join(notes),
+        p_value=p_value,
+        effect_size=float(effect_size(values - (0.0 if claim.says == "within" else bound))),
+        looks=looks,
     )
+
+
+def claim_p_value(claim: Claim, values: np.ndarray, test: Callable = t_test) -> float:
+    """p-value of what the claim says of the mean of `values` `[seeds]`; for "within" of two one-sided tests (TOST)."""
+    if claim.says == "within":
+        return float(np.maximum(test(values, -claim.bound, "greater"), test(values, claim.bound, "less")))
+    return float(test(values, claim.bound, {"above": "greater", "below": "less"}[claim.says]))
+
+
+def judge_all(
+    claims: Sequence[Claim], results: Any, level: float = 0.95, correction: str = "holm", looks: int = 1
+) -> list[Verdict]:
+    """Judges the claims whose rows have run, as one family.
+
+    A verdict stays what its own interval says. That several claims were tested shows in `p_adjusted`, and where a claim
+    holds alone but not after the correction, its note says so. Claims that could not be tested (too few seeds, a seed
+    without a number, outside their regime) do not count. The correction guards against claims that falsely hold;
+    "fails" is not corrected.
+
+    Args:
+      results: `results.train` has the rows that ran.
+      correction: "holm", "bonferroni", "benjamini_hochberg" or "none", see `statistics.adjust`.
+      looks: see `judge`.
+    """
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction: expected one of {', '.join(CORRECTIONS)}, got {correction!r}")
+    alone = [judge(c, results, level, looks) for c in claims if all(row in results.train for row in c.needs)]
+    p_adjusted = adjust(np.array([v.p_value for v in alone]), correction)
+    family = int(np.isfinite(p_adjusted).sum())
+    return [_in_family(verdict, float(p), correction, family) for verdict, p in zip(alone, p_adjusted, strict=True)]
+
+
+def _in_family(verdict: Verdict, p_adjusted: float, correction: str, family: int) -> Verdict:
+    note = verdict.note
+    if verdict.verdict == "holds" and p_adjusted > (1 - verdict.level) / 2:
+        weak = f"alone; not after correction for {family} claims ({correction}, p = {p_adjusted:.2g})"
+        note = f"{note}; {weak}" if note else weak
+    return replace(verdict, note=note, p_adjusted=p_adjusted, correction=correction)

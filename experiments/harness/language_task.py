@@ -8,20 +8,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rollax import envs
-from rollax.agents import LanguageModel, load_pretrained, make_mesh, restrict_vocabulary
+from rollax.agents import LanguageModel, load_pretrained, restrict_vocabulary
 from rollax.envs import Environment
+from rollax.experiments.harness.devices import parse_mesh
 
 # Questions to train on and to hold out. Calculations with one digit are few.
 COUNTS = {"products": (40, 16), "sums": (50, 20), "differences": (28, 10)}
 
 
 class LanguageTask(NamedTuple):
-    """`prefix` is what all prompts begin with, ids `[F]`: a policy computes it once per batch, not once per row."""
+    """A pretrained model and its task.
+
+    Attributes:
+      take: `take() -> params`, handed over to be changed: nothing keeps a second copy. Later calls load them again.
+      shapes: of the parameters.
+      prefix: what all prompts begin with, ids `[F]`: a policy computes it once per batch, not once per row.
+    """
 
     env: Environment
     held_out: Environment
     model: LanguageModel
-    params: Any
+    take: Callable[[], Any]
+    shapes: Any
     prefix: jax.Array | None
     mesh: Mesh
 
@@ -88,7 +96,13 @@ def load_language_task(
     )
     prefix = jnp.asarray(banks[0].prompts[0, :shared]) if shared else None
     model = restrict_vocabulary(loaded.model, len(vocab))
-    return LanguageTask(train, held_out, model, loaded.params, prefix, devices)
+    shapes, ready = jax.eval_shape(lambda x: x, loaded.params), [loaded.params]
+    del loaded
+
+    def take():
+        return ready.pop() if ready else load_pretrained(path, mesh=devices, **load).params
+
+    return LanguageTask(train, held_out, model, take, shapes, prefix, devices)
 
 
 def shared_length(rows) -> int:
@@ -96,15 +110,3 @@ def shared_length(rows) -> int:
     first = rows[0]
     shared = min(len(row) for row in rows) - 1
     return next((i for i in range(shared) if any(row[i] != first[i] for row in rows)), shared)
-
-
-def parse_mesh(text: str) -> Mesh:
-    """ "data=2,fsdp=4" as a mesh; every device along fsdp when empty. ValueError for another form or axis."""
-    try:
-        shape = {name: int(size) for name, size in (part.split("=") for part in text.split(",") if part)}
-    except ValueError:
-        raise ValueError(f'mesh: expected a form like "data=2,fsdp=4", got {text!r}') from None
-    unknown = set(shape) - {"data", "fsdp", "tensor"}
-    if unknown or any(size < 1 for size in shape.values()):
-        raise ValueError(f"mesh: expected sizes of data, fsdp and tensor, got {text!r}")
-    return make_mesh(shape or {"fsdp": -1})

@@ -1,16 +1,127 @@
-"""The Python loop around a compiled study: chunks of updates with an evaluation after each, and what they gave.
+"""From a study of one run to all its rows and seeds in one program, and the Python loop around that program.
 
-The study's `advance` scans over a chunk of updates; metrics leave the program when a chunk is done.
+A study gives `Train`, functions of one run. `vectorize` makes them a `Program` of `[rows, seeds]` by nested `vmap`,
+spread over the devices; `run` calls it chunk by chunk of updates, with an evaluation, a log line and now and then a
+checkpoint after each. Nothing leaves the program inside a chunk.
 """
 
+import contextlib
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rollax.experiments.harness.run import RunFolder, progress
+from rollax.experiments.harness import devices
+from rollax.experiments.harness.checkpoint import Checkpoints
+from rollax.experiments.harness.command_line import Options
+from rollax.experiments.harness.run_folder import RunFolder
+from rollax.experiments.harness.track import Sink
+
+
+class Train(NamedTuple):
+    """A study as functions of one run, to be jitted, vmapped and sharded.
+
+    Attributes:
+      init: `init(key) -> state`.
+      advance: `advance(state, numbers) -> (state, metrics [updates of a chunk, ...])`.
+      evaluate: `evaluate(state, numbers) -> metrics`.
+    """
+
+    init: Callable[[jax.Array], Any]
+    advance: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, Any], dict[str, jax.Array]]
+
+
+class Program(NamedTuple):
+    """All rows and seeds of a study; the leading axes of states and metrics are `[rows, seeds]`.
+
+    Attributes:
+      rows: what the rows are called.
+      state: the state's shapes and shardings.
+      init: `init() -> state`.
+      advance: `advance(state, numbers) -> (state, metrics [rows, seeds, updates of a chunk, ...])`.
+      evaluate: `evaluate(state, numbers) -> metrics [rows, seeds]`.
+      numbers: what differs between rows, leaves `[rows]`.
+      seeds: how many.
+    """
+
+    rows: tuple[str, ...]
+    state: Any
+    init: Callable[[], Any]
+    advance: Callable
+    evaluate: Callable
+    numbers: Any
+    seeds: int
+
+
+def stack(rows: dict[str, Any]) -> Any:
+    """The numbers of all rows as one tree of float32 or int32 arrays `[rows]`."""
+    return jax.tree.map(lambda *x: np.asarray(x, np.float32 if any(isinstance(v, float) for v in x) else np.int32),
+                        *rows.values())  # fmt: skip
+
+
+def vectorize(train: Train, rows: dict[str, Any], seeds: Sequence[int], mesh: str = "") -> Program:
+    """Every row with every seed in one program: `vmap` over rows of `vmap` over seeds, spread over devices.
+
+    A seed starts alike in every row (one start, one stream of keys), so rows are compared at equal seeds; starts are
+    computed once per seed.
+
+    Args:
+      rows: `{name: numbers}`, the numbers of `train.advance` as Python numbers.
+      mesh: see `devices.runs_mesh`.
+    """
+    mesh, axis = devices.runs_mesh(mesh, len(rows), len(seeds))
+    split = (PartitionSpec("runs"), PartitionSpec(None, "runs"))[axis]
+    place = NamedSharding(mesh, split)
+    numbers_split = split if axis == 0 else PartitionSpec()
+
+    def spread(function):
+        """Each device computes its own runs, so none waits for another inside a chunk."""
+        over = jax.vmap(jax.vmap(function, in_axes=(0, None)))
+        return jax.shard_map(over, mesh=mesh, in_specs=(split, numbers_split), out_specs=split, check_vma=False)
+
+    def starts(seeds):
+        state = jax.vmap(lambda seed: train.init(jax.random.key(seed)))(seeds)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (len(rows), *x.shape)), state)
+
+    seeds = np.asarray(seeds, np.int32)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(starts, seeds)
+    )
+    init = jax.jit(starts, out_shardings=place)
+    return Program(
+        tuple(rows), shapes, lambda: init(seeds), spread(train.advance), spread(train.evaluate), stack(rows), len(seeds)
+    )
+
+
+def single(train: Train, row: str, numbers: Any, seed: int, state: Any) -> Program:
+    """One run that fills the devices by itself; metrics get axes for row and seed.
+
+    Args:
+      train: its `init` is called outside of jit, once.
+      state: its shapes, `ShapeDtypeStruct`s with the shardings that it keeps.
+    """
+    numbers = jax.tree.map(lambda x: x[0], stack({row: numbers}))
+    places = jax.tree.map(lambda x: x.sharding, state)
+    lift = lambda tree: jax.tree.map(lambda x: x[None, None], tree)  # noqa: E731
+
+    def advance(state, numbers):
+        state, metrics = train.advance(state, numbers)
+        return jax.lax.with_sharding_constraint(state, places), lift(metrics)
+
+    def evaluate(state, numbers):
+        return lift(train.evaluate(state, numbers))
+
+    return Program((row,), state, lambda: train.init(jax.random.key(seed)), advance, evaluate, numbers, 1)
 
 
 class Results(NamedTuple):
@@ -20,7 +131,7 @@ class Results(NamedTuple):
       train: `train[row][metric]` is `[seeds, updates, ...]`.
       held_out: `held_out[row][metric]` is `[seeds, evaluations]`, the first before any update.
       evaluated_at: updates done at each evaluation.
-      seconds: "compile", "train and evaluate".
+      seconds: "compile" (of this process) and "train and evaluate" (of all processes that the run took).
     """
 
     train: dict[str, dict[str, np.ndarray]]
@@ -29,51 +140,203 @@ class Results(NamedTuple):
     seconds: dict[str, float]
 
 
-def run_chunks(
+UNITS = {"tokens": "sampled tokens", "env_steps": "environment steps"}  # metrics that count work, if a study has them
+
+
+def run(
+    program: Program,
     label: str,
-    rows: Sequence[str],
     updates: int,
     folder: RunFolder,
-    advance: Callable,
-    evaluate: Callable,
-    state: Any,
-    *arguments: Any,
-) -> Results:
-    """Compiles `advance` and `evaluate`, calls them in turn until `updates` are done, logs and shows.
+    options: Options,
+    *,
+    sink: Sink | None = None,
+    executables: tuple[Callable, Callable] | None = None,
+    watch: Callable[[int, dict, dict], bool] = lambda update, train, held_out: False,
+) -> tuple[Results, Any]:
+    """Trains until `updates` are done, from the start or from the newest checkpoint of a resumed run.
+
+    SIGINT and SIGTERM end it after the chunk at hand with a checkpoint, a second one at once.
 
     Args:
-      rows: names of the rows of the program, the first axis of all metrics.
-      advance: `advance(state, *arguments) -> (state, metrics [rows, seeds, updates of a chunk, ...])`; the state is
-        donated.
-      evaluate: `evaluate(state, *arguments) -> metrics [rows, seeds]`.
+      label: of the run's history, metrics and checkpoints in the folder.
+      sink: shows the metrics elsewhere.
+      executables: what `compiled` gave, where the caller has compiled already.
+      watch: `watch(update, train, held_out)` sees the metrics of each chunk; True ends the run early.
+    Returns:
+      The results and the last state.
+    Raises:
+      SystemExit: stopped by a signal, status 130; `--resume` goes on.
     """
-    begun = time.perf_counter()
-    advance = jax.jit(advance, donate_argnums=0).lower(state, *arguments).compile()
-    evaluate = jax.jit(evaluate).lower(state, *arguments).compile()
-    compiled = time.perf_counter()
-    history, held_out, evaluated_at = [], [jax.device_get(evaluate(state, *arguments))], [0]
-    tokens = 0
-    with progress(f"{label}: {len(rows)} rows x {held_out[0]['reward'].shape[1]} seeds", updates) as tell:
-        while evaluated_at[-1] < updates:
-            state, metrics = advance(state, *arguments)
-            history.append(jax.device_get(metrics))
-            held_out.append(jax.device_get(evaluate(state, *arguments)))
-            evaluated_at.append(evaluated_at[-1] + history[-1]["reward"].shape[2])
-            for index, row in enumerate(rows):
-                train = {name: value[index].mean() for name, value in history[-1].items() if value.ndim == 3}
-                test = {f"held_out/{name}": value[index].mean() for name, value in held_out[-1].items()}
-                folder.log(label=label, row=row, update=evaluated_at[-1], **train, **test)
-            tokens += history[-1]["tokens"].sum()
-            rate = tokens / (time.perf_counter() - compiled)
-            tell(evaluated_at[-1], f"held-out reward {held_out[-1]['reward'].mean():.3f}, {rate:,.0f} sampled tokens/s")
-    seconds = {"compile": compiled - begun, "train and evaluate": time.perf_counter() - compiled}
-    train = {name: np.concatenate([part[name] for part in history], axis=2) for name in history[0]}
-    test = {name: np.stack([part[name] for part in held_out], axis=2) for name in held_out[0]}
+    checkpoints = Checkpoints(folder.path / "checkpoints" / label, options.save_every)
+    with contextlib.closing(checkpoints), devices.failing_together():
+        begun = time.perf_counter()
+        if executables is None and not (folder.resumed and checkpoints.latest() == updates):
+            executables = compiled(program, options)
+        compile_seconds = time.perf_counter() - begun
+        restored = checkpoints.restore(program.state) if folder.resumed else None
+        done, state = restored or (0, program.init())
+        folder.forget_after(label, done if restored else -1)
+        if done < updates:
+            advance, evaluate = executables or compiled(program, options)  # only now, if the last one was damaged
+        if not restored:
+            begun = time.perf_counter()
+            held_out = devices.fetch(evaluate(state, program.numbers))
+            save_history(folder, label, 0, time.perf_counter() - begun, {}, held_out)
+        chunk, enough, stop = 0, False, False
+        with (
+            stoppable() as stopped,
+            progress(f"{label}: {size(program)}", updates, done, folder.writes) as tell,
+            tracing(folder.path / "profile" / label, options.profile) as trace,
+        ):
+            while done < updates and not enough and not stop:
+                trace(chunk)
+                begun = time.perf_counter()
+                state, metrics = advance(state, program.numbers)
+                metrics, held_out = devices.fetch((metrics, evaluate(state, program.numbers)))
+                seconds = time.perf_counter() - begun
+                steps = next(iter(metrics.values())).shape[2]
+                chunk, done = chunk + 1, done + steps
+                save_history(folder, label, done, seconds, metrics, held_out)
+                log(folder, sink, label, program.rows, done, metrics, held_out)
+                tell(done, f"{rates(metrics, seconds)}, compiled in {compile_seconds:.0f} s")
+                enough = watch(done, metrics, held_out)
+                stop = stopped()
+                if done < updates and (stop or checkpoints.due()):
+                    checkpoints.save(done, state)
+            if done == updates and checkpoints.latest() != updates:
+                checkpoints.save(done, state)
+    devices.broadcast("all files are written")  # the others read them
+    if done < updates and not enough:
+        where = f"{folder.path.name}: --resume --name {folder.path.name} goes on"
+        if folder.writes:
+            print(f"stopped after update {done} of {updates}; {where}", file=sys.stderr)
+        raise SystemExit(130)
+    return load_results(folder, label, program.rows, compile_seconds), state
 
-    def by_row(tree):
-        return {row: {name: value[i] for name, value in tree.items()} for i, row in enumerate(rows)}
 
-    return Results(by_row(train), by_row(test), np.array(evaluated_at), seconds)
+def compiled(program: Program, options: Options) -> tuple[Callable, Callable]:
+    """`advance` and `evaluate`, compiled ahead; with `debug_nans` as functions that JAX can take apart."""
+    if options.debug_nans:
+        return jax.jit(program.advance), jax.jit(program.evaluate)
+    advance = jax.jit(program.advance, donate_argnums=0).lower(program.state, program.numbers).compile()
+    return advance, jax.jit(program.evaluate).lower(program.state, program.numbers).compile()
+
+
+def size(program: Program) -> str:
+    rows = len(program.rows)
+    return f"{rows} row{'s' * (rows > 1)} x {program.seeds} seed{'s' * (program.seeds > 1)}"
+
+
+def save_history(folder: RunFolder, label: str, update: int, seconds: float, train: dict, held_out: dict) -> None:
+    named = {f"train/{name}": value for name, value in train.items()}
+    named |= {f"held_out/{name}": value for name, value in held_out.items()}
+    folder.save_history(label, update, named | {"seconds": np.float64(seconds)})
+
+
+def load_results(folder: RunFolder, label: str, rows: Sequence[str], compile_seconds: float = 0.0) -> Results:
+    """The whole history of a label."""
+    parts = []
+    for path in folder.history(label):
+        with np.load(path) as saved:
+            parts.append({name: saved[name] for name in saved.files})
+
+    def gather(side, join):
+        names = [name for name in parts[-1] if name.startswith(side)]
+        whole = {name.removeprefix(side): join([part[name] for part in parts if name in part]) for name in names}
+        return {row: {name: value[i] for name, value in whole.items()} for i, row in enumerate(rows)}
+
+    return Results(
+        gather("train/", lambda arrays: np.concatenate(arrays, axis=2)),
+        gather("held_out/", lambda arrays: np.stack(arrays, axis=2)),
+        np.array([int(path.stem) for path in folder.history(label)]),
+        {"compile": compile_seconds, "train and evaluate": sum(float(part["seconds"]) for part in parts)},
+    )
+
+
+def log(
+    folder: RunFolder, sink: Sink | None, label: str, rows: Sequence[str], update: int, train: dict, held_out: dict
+):
+    """Means over the seeds and the updates of a chunk, a line for each row."""
+    everything = {}
+    for index, row in enumerate(rows):
+        means = {name: value[index].mean() for name, value in train.items() if value.ndim == 3}
+        means |= {f"held_out/{name}": value[index].mean() for name, value in held_out.items()}
+        folder.log(label=label, row=row, update=update, **means)
+        everything |= {f"{label}/{row}/{name}": float(value) for name, value in means.items()}
+    if sink is not None:
+        sink.log(update, everything)
+
+
+UNITS = {"tokens": "sampled tokens/s", "env_steps": "environment steps/s"}  # of a study's metrics that count its work
+
+
+def rates(train: dict[str, np.ndarray], seconds: float) -> str:
+    """Updates and units of work per second; an update is one of all rows and seeds."""
+    updates = next(iter(train.values())).shape[2] / seconds
+    work = [f"{train[name].sum() / seconds:,.0f} {unit}" for name, unit in UNITS.items() if name in train]
+    return ", ".join([f"{updates:.3g} updates/s", *work])
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, done: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+    """A bar with the time left; yields `tell(done, text)`. Plain lines where the output is no terminal."""
+    if not show:
+        yield lambda done, text: None
+        return
+    if not sys.stdout.isatty():
+        yield lambda done, text: print(f"{title}: {done}/{total}  {text}", flush=True)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}")) as bar:
+        task = bar.add_task(title, total=total, completed=done, text="")
+        yield lambda done, text: bar.update(task, completed=done, text=text)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Yields `stopped()`: whether SIGINT or SIGTERM came; a second one acts at once. All processes agree."""
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        print("\nstopping after this chunk of updates (again: at once)", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield lambda: False
+        return
+    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: devices.any_process(bool(came))
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def tracing(path: Path, chunks: int) -> Iterator[Callable[[int], None]]:
+    """Yields `trace(chunk)`, to be called before each chunk: it writes what the devices do for xprof and TensorBoard,
+    from chunk 1 (chunk 0 warms up) for as many `chunks`, or to the end of the run."""
+    running = False
+
+    def trace(chunk):
+        nonlocal running
+        if running and chunk > chunks:
+            jax.profiler.stop_trace()
+            running = False
+        elif chunk == 1 and chunks:
+            jax.profiler.start_trace(str(path))
+            running = True
+
+    try:
+        yield trace
+    finally:
+        if running:
+            jax.profiler.stop_trace()
+    if chunks and not path.exists():
+        print("profile: nothing traced, for that a run needs a second chunk of updates", file=sys.stderr)
 
 
 def merge(results: Sequence[Results]) -> Results:

@@ -14,6 +14,9 @@ from rollax.agents.pretrained import Pretrained, save_pretrained
 from rollax.agents.transformer import TransformerConfig, transformer
 from rollax.experiments import bandpo
 from rollax.experiments.bandpo import CLAIMS, Config, Policy, make_train, numbers_of
+from rollax.experiments.harness import study
+from rollax.experiments.harness.claims import judge
+from rollax.experiments.harness.loop import Results, stack
 
 TINY = ["--updates", "2", "--chunk", "1", "--seeds", "2", "--prompts", "4", "--samples", "8", "--mini-batches", "4"]
 TINY += [
@@ -33,7 +36,7 @@ TINY += [
 
 
 def run(tmp_path, *argv):
-    bandpo.main([*TINY, "--runs", str(tmp_path), "--name", "run", *argv])
+    study.main(bandpo.STUDY, [*TINY, "--runs", str(tmp_path), "--name", "run", *argv])
     folder = tmp_path / "bandpo" / "run"
     return folder, json.loads((folder / "results.json").read_text())
 
@@ -63,7 +66,7 @@ def test_the_default_study_end_to_end(tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(word in said for word in ("R1a", str(folder)))
     with pytest.raises(SystemExit):  # a second run of that name does not overwrite the first
-        bandpo.main([*TINY, "--runs", str(tmp_path), "--name", "run"])
+        study.main(bandpo.STUDY, [*TINY, "--runs", str(tmp_path), "--name", "run"])
     assert "already holds" in capsys.readouterr().err
     assert (folder / "report.md").read_text() == report
 
@@ -116,7 +119,7 @@ def test_a_pretrained_model(tmp_path):
         (["--max-grad-norm", "-1"], "max_grad_norm: expected above 0, got -1.0"),
         (
             ["--model", "{empty}", "--task", "products", "--mesh", "rows=2"],
-            "mesh: expected sizes of data, fsdp and tensor",
+            "mesh: expected sizes of data, fsdp, tensor",
         ),
         (["--model", "{empty}", "--task", "products"], "config.json"),
         (["--model", "{empty}", "--task", "tail_forks"], "task: expected one of largest_of_three"),
@@ -146,8 +149,9 @@ def trained(config, arms, rows=None):
     task, policy = bandpo.prepare(config)
     rows = rows or tuple(bandpo.make_rows(dataclasses.replace(config, arms=arms, staleness=0)))
     numbers, arms = numbers_of(config, list(rows))
+    numbers = stack(numbers)
     train = make_train(config, task, policy, arms, max(row.staleness for row in rows))
-    init = jax.vmap(lambda key: train.init(key, policy.start(key)))(jax.vmap(jax.random.key)(jnp.arange(2)))
+    init = jax.vmap(train.init)(jax.vmap(jax.random.key)(jnp.arange(2)))
     advance = jax.vmap(jax.vmap(train.advance, in_axes=(0, None)), in_axes=(None, 0))
     return jax.jit(advance)(init, numbers), (train, init, numbers)
 
@@ -186,9 +190,9 @@ def test_metrics_do_not_depend_on_the_parts():
 
 def test_no_clipped_token_gives_no_verdict():
     counts = np.zeros((3, 4, 5))
-    results = bandpo.Results({"clip": {"clip_count_by_prob": counts}}, {}, np.arange(2), {})
+    results = Results({"clip": {"clip_count_by_prob": counts}}, {}, np.arange(2), {})
     assert np.isnan(bandpo.tail_share(results, "clip")).all()
-    assert bandpo.judge(CLAIMS[0], results).verdict == "inconclusive"
+    assert judge(CLAIMS[0], results).verdict == "inconclusive"
 
 
 def test_band_and_its_mask_take_the_same_steps():
@@ -228,17 +232,17 @@ def test_sharding_does_not_change_an_update():
     task = bandpo.Task(env, env)
     params = model.init(jax.random.key(0))
     numbers, arms = numbers_of(config, [bandpo.Row("band_kl", "band_kl", 1e-3)])
-    numbers = jax.tree.map(lambda x: x[0], numbers)
+    numbers = jax.tree.map(lambda x: x[0], stack(numbers))
 
     def step(mesh):
         start = params if mesh is None else jax.device_put(params, bandpo.named_shardings(model.axes, params, mesh))
         train = make_train(config, task, Policy(model, None, jnp.array([3, 5]), mesh), arms)
-        places = None
+        places, first = None, functools.partial(bandpo.first_state, config=config)
         if mesh is not None:
-            shapes = jax.eval_shape(train.init, jax.random.key(1), params)
+            shapes = jax.eval_shape(first, jax.random.key(1), params)
             places = bandpo.named_shardings(model.axes, params, mesh)
             places = bandpo.state_shardings(shapes, params, places, mesh)
-        state = jax.jit(train.init, out_shardings=places)(jax.random.key(1), start)
+        state = jax.jit(first, out_shardings=places)(jax.random.key(1), start)
         return jax.jit(train.advance)(state, numbers)
 
     state, metrics = step(None)
@@ -262,12 +266,13 @@ def test_learning_and_its_control():
     )  # fmt: skip
     task, policy = bandpo.prepare(config)
     numbers, arms = numbers_of(config, [bandpo.Row("band_kl", "band_kl", config.lr)])
-    numbers = jax.tree.map(lambda x: x[0], numbers)
+    numbers = jax.tree.map(lambda x: x[0], stack(numbers))
     params = jax.jit(policy.start)(jax.random.key(0))
     held_out = {}
     for shuffled in (False, True):
-        train = make_train(dataclasses.replace(config, shuffle_rewards=shuffled), task, policy, arms)
-        state = train.init(jax.random.key(1), params)
+        shuffling = dataclasses.replace(config, shuffle_rewards=shuffled)
+        train = make_train(shuffling, task, policy._replace(start=lambda key: params), arms)
+        state = train.init(jax.random.key(1))
         evaluate = jax.jit(train.evaluate)
         before = float(evaluate(state, numbers)["reward"])
         state, _ = jax.jit(train.advance)(state, numbers)

@@ -5,16 +5,17 @@ import json
 import pytest
 
 from rollax.experiments import ppo_cartpole
+from rollax.experiments.harness import study
 
 
 def test_it_learns(tmp_path):
     argv = ["--runs", str(tmp_path), "--name", "run", "--seeds", "2", "--updates", "36", "--chunk", "12"]
-    ppo_cartpole.main(argv)
+    study.main(ppo_cartpole.STUDY, argv)
     folder = tmp_path / "ppo_cartpole" / "run"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["held_out/reward"] > 300  # an untrained policy falls after some 10 steps
-    assert json.loads((folder / "results.json").read_text())["claims"][0]["seeds"] == 2
-    assert "curves.png" in (folder / "report.md").read_text()
+    assert json.loads((folder / "results.json").read_text())["ppo"]["claims"][0]["seeds"] == 2
+    assert "curves_ppo.png" in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_it_learns(tmp_path):
 )
 def test_a_bad_value_gets_one_line(tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
-        ppo_cartpole.main(["--runs", str(tmp_path), *argv])
+        study.main(ppo_cartpole.STUDY, ["--runs", str(tmp_path), *argv])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

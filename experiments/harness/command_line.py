@@ -1,0 +1,102 @@
+"""A frozen dataclass becomes a command line; a bad value gets one line, not a traceback."""
+
+import contextlib
+import io
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """What surrounds a run, the same for every study: the `Config` of a study inherits these fields.
+
+    None of them changes what is computed, so a run may be resumed with other ones.
+    """
+
+    runs: str = "runs"
+    """Where run folders go."""
+    name: str = ""
+    """Of the run folder; the time when empty."""
+    resume: bool = False
+    """Go on with the run of this name (without a name: with the latest), bitwise as if it had not stopped."""
+    save_every: float = 60.0
+    """Seconds between checkpoints, at least (more where saving is slow); 0 after each chunk, inf at the end alone."""
+    track: tuple[str, ...] = ()
+    """Sinks for the metrics besides the run folder: tensorboard, wandb, trackio."""
+    mesh: str = ""
+    """Devices, for example "data=4,tensor=2"; all there are when empty."""
+    deterministic: bool = False
+    """Only deterministic kernels, where an accelerator has a choice."""
+    debug_nans: bool = False
+    """Stop with an error where the first NaN appears (slow)."""
+    profile: int = 0
+    """Chunks of updates to trace, after the first, into the run folder (open with xprof or TensorBoard)."""
+
+    def check(self) -> None:
+        """Raises ValueError for values that cannot work, before anything is computed."""
+        if not self.save_every >= 0:
+            raise ValueError(f"save_every: expected at least 0 seconds, got {self.save_every}")
+        if self.profile < 0:
+            raise ValueError(f"profile: expected at least 0 chunks, got {self.profile}")
+        if "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name: expected a name without / and a leading dot, got {self.name!r}")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields that surround a run and do not define it."""
+        return tuple(field.name for field in fields(Options))
+
+
+def parse(default: Any, description: str, argv: list[str] | None = None, *, check: bool = True) -> Any:
+    """Reads a frozen dataclass from the command line; a bad value gets one line on stderr and exit status 2.
+
+    Args:
+      default: an instance; the command line overrides its fields.
+      check: call the method `check()`, which raises ValueError for values that cannot work.
+    """
+    import tyro  # half a second, and only the command line needs it
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(type(default), default=default, description=description, args=argv)
+    except SystemExit as stop:
+        if stop.code:
+            fail(first_message(said.getvalue()))
+        raise
+    if check:
+        with one_line_errors():
+            config.check()
+    return config
+
+
+def first_message(boxed: str) -> str:
+    """The message of an error that tyro wraps and frames: the lines between the title and the first rule."""
+    lines = [line.strip("│ ") for line in boxed.splitlines()[1:]]
+    message = itertools.takewhile(lambda line: line.strip("─╰╯"), lines)
+    return " ".join(message) or "bad command line"
+
+
+def fail(message: str) -> None:
+    """One line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns the errors that a user can mend (a value, a file, a missing library) into one line and exit status 2.
+
+    Args:
+      kinds: of error; ValueError, ImportError and OSError when empty.
+    """
+    kinds = kinds or (ValueError, ImportError, OSError)
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a file that is not there
+            fail(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+        fail(next(iter(str(error).strip().splitlines()), type(error).__name__))

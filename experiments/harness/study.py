@@ -1,0 +1,178 @@
+"""A study as a value, and what runs one: train every label's rows and seeds, judge the claims, write the report.
+
+A study file could be read, and its `build` be jitted and vmapped, without any of this.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rollax.experiments.harness import devices
+from rollax.experiments.harness.claims import Claim, Verdict, judge_all
+from rollax.experiments.harness.columns import write_parquet
+from rollax.experiments.harness.command_line import Options, one_line_errors
+from rollax.experiments.harness.figures import Panel
+from rollax.experiments.harness.loop import UNITS, Results, Train, merge, run, single, vectorize
+from rollax.experiments.harness.report import (
+    VERDICT_HEAD,
+    Episode,
+    Section,
+    Table,
+    cell,
+    show,
+    verdict_lines,
+    write_report,
+)
+from rollax.experiments.harness.run_folder import RunFolder
+from rollax.experiments.harness.track import Sink, check_sinks, open_sinks
+
+
+class Build(NamedTuple):
+    """A configuration made ready to train.
+
+    Attributes:
+      train: the functions of one run.
+      rows: what runs: `{name: numbers}`, Python numbers, the second argument of `train.advance`.
+      episodes: `episodes(state_of) -> [Episode]`, a few to look at, from `state_of(row)`, the last state of the
+        row's first seed.
+      state: for a model that fills the devices, the shapes and shardings of its state: its runs go one after the
+        other. None for small runs, which all go into one program.
+    """
+
+    train: Train
+    rows: dict[str, Any]
+    episodes: Callable[[Callable[[str], Any]], Sequence[Episode]] | None = None
+    state: Any = None
+
+
+class Study(NamedTuple):
+    """A paper's experiment.
+
+    Attributes:
+      name: of its file and of its folder in runs/.
+      title: for the report.
+      configs: `configs(argv) -> {label: Config}`; a `Config` is a frozen dataclass that inherits `Options` and has
+        `seeds`, `seed` and `updates`.
+      build: `build(config) -> Build`; all that can be wrong with files and names comes out here, as ValueError.
+      claims: what the paper says; `claim.needs` names rows.
+      columns: of the table: `{name: f(results, row) -> [seeds]}`.
+      panels: of the figure.
+      traced: fields of `Config` that `build` passes on in `rows` alone, so that a sweep over them needs no new program.
+      order: rows in the order of their colours.
+      smoke: arguments that make a run of seconds, for `reproduce --smoke`.
+    """
+
+    name: str
+    title: str
+    configs: Callable[[Sequence[str] | None], dict[str, Any]]
+    build: Callable[[Any], Build]
+    claims: Sequence[Claim]
+    columns: dict[str, Callable[[Results, str], np.ndarray]]
+    panels: Callable[[Results], Sequence[Panel]]
+    traced: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+    smoke: tuple[str, ...] = ()
+
+
+def main(study: Study, argv: Sequence[str] | None = None) -> None:
+    """The command line of a study file."""
+    configs = study.configs(argv)
+    options: Options = next(iter(configs.values()))
+    with one_line_errors():
+        check_sinks(options.track)
+        devices.begin(options)
+        builds = {label: study.build(config) for label, config in configs.items()}
+        folder = RunFolder(study.name, options, configs)
+    if folder.writes:
+        print(f"results: {folder.path}", flush=True)
+    with one_line_errors(OSError), contextlib.closing(sink_of(study, folder, options)) as sink:
+        everything, episodes = {}, {}
+        for label, config in configs.items():
+            everything[label], state_of = train(builds[label], config, label, folder, sink)
+            show_episodes = builds[label].episodes
+            episodes[label] = show_episodes(state_of) if show_episodes and folder.writes else ()
+        if folder.writes:
+            report(study, folder, configs, everything, episodes)
+
+
+def sink_of(study: Study, folder: RunFolder, options: Options) -> Sink:
+    names, config = (options.track, folder.read_json("config.json")) if folder.writes else ((), {})
+    return open_sinks(names, folder.path, study=study.name, name=folder.path.name, config=config, resume=folder.resumed)
+
+
+def train(
+    build: Build, config: Any, label: str, folder: RunFolder, sink: Sink | None = None
+) -> tuple[Results, Callable[[str], Any]]:
+    """All rows and seeds of a configuration; the results, and `state_of(row)`, the last state of its first seed."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    if build.state is None:
+        program = vectorize(build.train, build.rows, seeds, config.mesh)
+        results, state = run(program, label, config.updates, folder, config, sink=sink)
+        return results, lambda row: jax.tree.map(lambda x: x[program.rows.index(row), 0], state)
+    parts, states = [], {}
+    for row, numbers in build.rows.items():
+        for seed in seeds:
+            program = single(build.train, row, numbers, seed, build.state)
+            results, state = run(program, f"{label}/{row}-{seed}", config.updates, folder, config, sink=sink)
+            parts.append(results)
+            if seed == config.seed and len(build.rows) == 1:  # others would not fit beside the next run
+                states[row] = state
+    return merge(parts), lambda row: states.get(row)
+
+
+def report(study: Study, folder: RunFolder, configs: dict, everything: dict[str, Results], episodes: dict) -> None:
+    """Tables to the terminal; results.json, metrics.parquet, the figures and the report to the folder."""
+    sections, saved = [], {}
+    for label, results in everything.items():
+        judged = verdicts(study, results)
+        section = section_of(study, label, results, judged, episodes[label])
+        show(section.title, section.table.head, section.table.lines)
+        if judged:
+            show(f"{label}: claims", VERDICT_HEAD, verdict_lines(judged))
+        sections.append(section)
+        saved[label] = {
+            "claims": [verdict.as_dict() for verdict in judged],
+            "rows": {row: {name: f(results, row) for name, f in study.columns.items()} for row in results.train},
+            "seconds": results.seconds,
+            "rates": section.rates,
+        }
+    write_parquet(folder.path / "metrics.parquet", everything, {label: c.seed for label, c in configs.items()})
+    folder.write_json("results.json", saved)
+    config, versions = folder.read_json("config.json"), folder.read_json("versions.json")
+    page = write_report(folder.path, study.title, sections, config=config, versions=versions)
+    print(f"report: {page}")
+
+
+def verdicts(study: Study, results: Results) -> list[Verdict]:
+    """Of the claims whose rows have run with more than one seed."""
+    seeds = next(iter(next(iter(results.train.values())).values())).shape[0]
+    return judge_all(study.claims, results) if seeds > 1 else []
+
+
+def section_of(study: Study, label: str, results: Results, judged: Sequence[Verdict], episodes=()) -> Section:
+    rows = list(results.train)
+    seeds = next(iter(results.train[rows[0]].values())).shape[0]
+    lines = [[row, *(cell(f(results, row)) for f in study.columns.values())] for row in rows]
+    return Section(
+        label=label,
+        title=f"{label}: mean ± half the 95 % interval over {seeds} seeds" if seeds > 1 else f"{label}: one seed",
+        table=Table(["arm", *study.columns], lines),
+        verdicts=judged,
+        panels=study.panels(results),
+        order=study.order,
+        episodes=episodes,
+        seconds=results.seconds,
+        rates=rates_of(results),
+    )
+
+
+def rates_of(results: Results) -> dict[str, float]:
+    """Updates and units of work per second of training and evaluating, all rows and seeds together."""
+    seconds = results.seconds["train and evaluate"]
+    rows = list(results.train.values())
+    work = {unit: sum(row[name].sum() for row in rows) for name, unit in UNITS.items() if name in rows[0]}
+    updates = sum(next(iter(row.values())).shape[0] * results.evaluated_at[-1] for row in rows)
+    return {name: float(value / seconds) for name, value in {"updates of single runs/s": updates, **work}.items()}

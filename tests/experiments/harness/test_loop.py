@@ -1,0 +1,257 @@
+"""From one run to all rows and seeds, chunk by chunk; a run that was stopped or killed goes on bitwise the same."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rollax.experiments.harness import loop
+from rollax.experiments.harness.loop import (
+    Results,
+    early,
+    final,
+    gap,
+    late,
+    load_results,
+    merge,
+    run,
+    single,
+    vectorize,
+)
+from rollax.experiments.harness.run_folder import RunFolder
+
+HERE = Path(__file__).parent
+spec = importlib.util.spec_from_file_location("toy_study", HERE / "toy_study.py")
+toy = importlib.util.module_from_spec(spec)
+sys.modules["toy_study"] = toy
+spec.loader.exec_module(toy)
+
+SEEDS = range(4)
+
+
+def test_measures_of_results():
+    train = {"x": {"reward": np.arange(24.0).reshape(2, 12)}, "y": {"reward": np.zeros((2, 12))}}
+    held_out = {row: {"reward": np.array([[0.0, 1.0], [0.0, 2.0]])} for row in train}
+    results = Results(train, held_out, np.array([0, 12]), {"compile": 1.0})
+    np.testing.assert_array_equal(early(results, "x"), [0.5, 12.5])
+    np.testing.assert_array_equal(late(results, "x"), [10.5, 22.5])
+    np.testing.assert_array_equal(final(results, "x"), [1.0, 2.0])
+    np.testing.assert_array_equal(gap("x", "y")(results), [10.5, 22.5])
+    parts = [Results({r: train[r]}, {r: held_out[r]}, results.evaluated_at, {"compile": 1.0}) for r in train]
+    both = merge(parts)
+    assert list(both.train) == ["x", "y"]
+    assert both.seconds == {"compile": 2.0}
+
+
+def train(tmp_path, name, *, stop_at=None, program=None, **changes):
+    """Trains the toy in process; an error at the update `stop_at` stands for a crash."""
+    config = toy.Config(runs=str(tmp_path), name=name, resume=True, **{"save_every": 0.0, **changes})
+    folder = RunFolder("toy_study", config, {"toy": config})
+    if program is None:
+        build = toy.build(config)
+        program = vectorize(build.train, build.rows, SEEDS, config.mesh)
+
+    def watch(update, train, held_out):
+        if update == stop_at:
+            raise RuntimeError("crash")
+        return False
+
+    try:
+        return run(program, "toy", config.updates, folder, config, watch=watch), folder
+    finally:
+        folder._lock.close()
+
+
+def same(one, other):
+    for side in ("train", "held_out"):
+        for row, metrics in getattr(one, side).items():
+            for name, values in metrics.items():
+                np.testing.assert_array_equal(values, getattr(other, side)[row][name])
+
+
+def test_rows_and_seeds_equal_single_runs(tmp_path):
+    (results, state), _ = train(tmp_path, "together")
+    assert results.train["plain"]["place"].shape == (4, 12, 3)
+    np.testing.assert_array_equal(results.evaluated_at, np.arange(0, 13, 2))
+    build = toy.build(toy.Config())
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(build.train.init, jax.random.key(0)),
+    )
+    for index, (row, numbers) in enumerate(build.rows.items()):
+        program = single(build.train, row, numbers, 2, shapes)
+        (one, last), _ = train(tmp_path, f"alone-{row}", program=program)
+        np.testing.assert_allclose(one.train[row]["reward"][0], results.train[row]["reward"][2], rtol=1e-5)
+        np.testing.assert_allclose(last.place, state.place[index, 2], rtol=1e-5)
+
+
+def test_a_crash_loses_nothing_and_changes_nothing(tmp_path):
+    (whole, state), _ = train(tmp_path, "whole")
+    for stop in (4, 6, 10):
+        with pytest.raises(RuntimeError, match="crash"):
+            train(tmp_path, "cut", stop_at=stop)
+    (resumed, last), folder = train(tmp_path, "cut")
+    same(whole, resumed)
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.leaves(x._replace(key=0)) for x in (state, last)))
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(last.key))
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["update"], line["row"]) for line in lines] == [
+        (update, row) for update in range(2, 13, 2) for row in ("plain", "lazy")
+    ]
+    (again, _), _ = train(tmp_path, "cut")  # a finished run is read, not trained again
+    same(whole, again)
+
+
+def test_few_checkpoints_still_resume_the_same(tmp_path):
+    """Nothing saved before the crash: it begins anew. Then one at the end alone."""
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, "cut", stop_at=6, save_every=float("inf"))
+    (resumed, _), folder = train(tmp_path, "cut", save_every=float("inf"))
+    (whole, _), _ = train(tmp_path, "whole")
+    same(whole, resumed)
+    assert [path.name for path in (folder.path / "checkpoints" / "toy").iterdir() if path.name.isdigit()] == ["12"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "state"])
+def test_a_damaged_checkpoint_falls_back(tmp_path, capsys, damage):
+    (whole, _), _ = train(tmp_path, "whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, "cut", stop_at=10)
+    newest = tmp_path / "toy_study" / "cut" / "checkpoints" / "toy" / "8"
+    if damage == "remove":
+        shutil.rmtree(newest / "run")
+    elif damage == "state":  # whole files of another state, which only the fingerprint tells
+        shutil.rmtree(newest / "run")
+        shutil.copytree(newest.parent / "6" / "run", newest / "run")
+        write_other_state(newest)
+    else:
+        for path in (x for x in newest.rglob("*") if x.is_file() and "d" in x.parts and x.stat().st_size):
+            content = bytearray(path.read_bytes())
+            path.write_bytes(content[: len(content) // 2] if damage == "truncate" else bytes(255 - x for x in content))
+    (resumed, _), _ = train(tmp_path, "cut")
+    same(whole, resumed)
+    said = capsys.readouterr().err
+    assert "the checkpoint of update 8 is damaged" in said
+    assert "trying the one before" in said
+
+
+def write_other_state(path):
+    import orbax.checkpoint as ocp
+
+    saved = ocp.StandardCheckpointer().restore(path / "run")
+    saved["state"]["place"] = np.asarray(saved["state"]["place"]) + 1e-3
+    shutil.rmtree(path / "run")
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(path / "run", saved)
+
+
+def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, "cut", stop_at=10)
+    for path in (tmp_path / "toy_study" / "cut" / "checkpoints" / "toy").glob("*/run"):
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match=r"resume: expected a whole checkpoint in .*cut/checkpoints/toy"):
+        train(tmp_path, "cut")
+
+
+def test_a_disk_that_fills_up_is_one_clear_error(tmp_path, monkeypatch):
+    """The checkpoint cannot be written: what was saved before is intact, and the run goes on from there."""
+    (whole, _), _ = train(tmp_path, "whole")
+
+    def full(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(OSError, match=r"checkpoints: cannot write .*cut/checkpoints/toy: .*No space left"):
+            train(tmp_path, "cut")
+    (resumed, _), _ = train(tmp_path, "cut")
+    same(whole, resumed)
+
+
+def start(tmp_path, *argv):
+    command = [sys.executable, str(HERE / "toy_study.py"), "--runs", str(tmp_path), "--updates", "4000", "--chunk", "4"]
+    return subprocess.Popen([*command, "--save-every", "0", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(folder, chunks, process):
+    begun = time.monotonic()
+    while len(list(folder.glob("history/toy/[0-9]*.npz"))) < chunks:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() - begun < 60
+        time.sleep(0.01)
+
+
+def test_signals_of_a_real_process(tmp_path):
+    """SIGTERM stops with a checkpoint and status 130; SIGKILLs, some inside a save, lose nothing."""
+    folder = tmp_path / "toy_study" / "cut"
+    begun = 0
+    for kill, chunks in ((signal.SIGTERM, 20), (signal.SIGKILL, 60), (signal.SIGKILL, 130)):
+        process = start(tmp_path, "--name", "cut", "--resume")
+        wait_for(folder, begun + chunks, process)
+        process.send_signal(kill)
+        said = process.communicate(timeout=60)[1].decode()
+        if kill == signal.SIGTERM:
+            assert process.returncode == 130
+            assert "--resume --name cut goes on" in said
+        begun = 0
+    newest = max(int(path.name) for path in (folder / "checkpoints" / "toy").iterdir() if path.name.isdigit())
+    assert newest > 4
+    # A resumed and an uninterrupted process, both stopped a little later, agree on all that both have done.
+    process, other = start(tmp_path, "--name", "cut", "--resume"), start(tmp_path, "--name", "whole")
+    for one, path in ((process, folder), (other, tmp_path / "toy_study" / "whole")):
+        wait_for(path, 150, one)
+        one.send_signal(signal.SIGTERM)
+        one.communicate(timeout=60)
+    for path in folder.glob("history/toy/*.npz"):
+        twin = tmp_path / "toy_study" / "whole" / "history" / "toy" / path.name
+        if twin.exists():
+            with np.load(path) as a, np.load(twin) as b:
+                for name in set(a.files) - {"seconds"}:
+                    np.testing.assert_array_equal(a[name], b[name])
+    whole = load_results(RunFolderView(tmp_path / "toy_study" / "whole"), "toy", ("plain", "lazy"))
+    assert whole.train["plain"]["reward"].shape[1] >= 149 * 4
+
+
+class RunFolderView:
+    """The reading half of a run folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    history = RunFolder.history
+
+
+def test_ctrl_c_twice_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), loop.stoppable() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped()
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second one should have raised")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_watcher_ends_a_run_early(tmp_path):
+    config = toy.Config(runs=str(tmp_path), name="early")
+    build = toy.build(config)
+    program = vectorize(build.train, build.rows, SEEDS)
+    folder = RunFolder("toy_study", config, {"toy": config})
+    results, _ = run(program, "toy", 12, folder, config, watch=lambda update, train, held_out: update >= 4)
+    assert results.train["plain"]["reward"].shape == (4, 4)
+
+
+def test_numbers_keep_their_kind():
+    numbers = loop.stack({"a": (1, 2.0), "b": (3, 4)})
+    assert [x.dtype for x in numbers] == [np.int32, np.float32]
+    assert dataclasses.is_dataclass(toy.Config())
