@@ -57,20 +57,30 @@ def parse(default: Any, description: str, argv: list[str] | None = None, *, chec
       default: an instance; the command line overrides its fields.
       check: call the method `check()`, which raises ValueError for values that cannot work.
     """
+    config, _ = read(type(default), description, argv, default=default)
+    if check:
+        with one_line_errors():
+            config.check()
+    return config
+
+
+def parse_known(kind: type, description: str, argv: list[str] | None = None) -> tuple[Any, list[str]]:
+    """Reads a dataclass and leaves the options that it does not know, in order."""
+    return read(kind, description, argv, return_unknown_args=True)
+
+
+def read(kind: type, description: str, argv: list[str] | None, **how: Any) -> tuple[Any, list[str]]:
     import tyro  # half a second, and only the command line needs it
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            config = tyro.cli(type(default), default=default, description=description, args=argv)
+            read = tyro.cli(kind, description=description, args=argv, **how)
     except SystemExit as stop:
         if stop.code:
             fail(first_message(said.getvalue()))
         raise
-    if check:
-        with one_line_errors():
-            config.check()
-    return config
+    return read if isinstance(read, tuple) else (read, [])
 
 
 def first_message(boxed: str) -> str:

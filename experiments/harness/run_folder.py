@@ -81,6 +81,11 @@ class RunFolder:
             self.write_json("versions.json", versions())
             self.write_json("config.json", configs)  # last: with it the folder holds a run
 
+    def close(self) -> None:
+        """Lets another run write here."""
+        if self.writes:
+            self._lock.close()
+
     def _check_same(self, configs):
         saved, surround = json.loads((self.path / "config.json").read_text()), Options.names()
         wanted = json.loads(json.dumps(plain(configs)))
@@ -111,7 +116,12 @@ class RunFolder:
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file; None if there is none."""
-        path = self.path / name
+        return self.read(self.path, name)
+
+    @staticmethod
+    def read(folder: Path, name: str) -> Any:
+        """The same of any run's folder, also one that is being written."""
+        path = folder / name
         return json.loads(path.read_text()) if path.exists() else None
 
     def log(self, **metrics: Any) -> None:

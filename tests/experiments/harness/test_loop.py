@@ -69,7 +69,7 @@ def train(tmp_path, name, *, stop_at=None, program=None, **changes):
     try:
         return run(program, "toy", config.updates, folder, config, watch=watch), folder
     finally:
-        folder._lock.close()
+        folder.close()
 
 
 def same(one, other):

@@ -38,7 +38,7 @@ def test_a_new_run(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    open_folder(tmp_path)._lock.close()  # as when its process has ended
+    open_folder(tmp_path).close()  # as when its process has ended
     with pytest.raises(ValueError, match=r"name: expected a new run, but .*study/one already holds one .*--resume"):
         open_folder(tmp_path, lr=0.2)
     saved = json.loads((tmp_path / "study" / "one" / "config.json").read_text())
@@ -59,14 +59,14 @@ def test_resume(tmp_path):
     first = open_folder(tmp_path, lr=0.3)
     with pytest.raises(ValueError, match=r"name: .*study/one is in use by a running process"):
         open_folder(tmp_path, resume=True, lr=0.3)
-    first._lock.close()
+    first.close()
     with pytest.raises(ValueError, match=r"resume: .* has another configuration: lr was 0.3, is 0.1"):
         open_folder(tmp_path, resume=True)
     folder = open_folder(tmp_path, resume=True, lr=0.3, save_every=1.0)  # what surrounds a run may change
     assert folder.resumed
     assert len(folder.read_json("versions.json")["resumed"]) == 1
-    folder._lock.close()
-    open_folder(tmp_path, name="two")._lock.close()
+    folder.close()
+    open_folder(tmp_path, name="two").close()
     os.utime(tmp_path / "study" / "two" / "config.json", (1, 1))
     assert open_folder(tmp_path, name="", resume=True, lr=0.3).path.name == "one"  # the latest
     new = open_folder(tmp_path, name="three", resume=True)  # a name that is new begins a run
