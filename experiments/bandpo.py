@@ -737,7 +737,9 @@ STUDY = Study(
     panels=panels,
     traced=tuple(field for field in Numbers._fields if field not in ("arm", "staleness")),
     order=FIGURE,
-)
+    smoke=("--seeds", "2", "--updates", "2", "--chunk", "1", "--warm-start", "2", "--width", "16", "--layers", "1",
+           "--eval-prompts", "2", "--eval-samples", "4"),
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(STUDY)

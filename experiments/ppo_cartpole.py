@@ -268,6 +268,7 @@ STUDY = Study(
     columns={"greedy return": final, "return": finished, "entropy": lambda r, row: late(r, row, "entropy")},
     panels=panels,
     traced=Numbers._fields,
+    smoke=("--seeds", "2", "--updates", "12", "--chunk", "4"),
 )
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from rollax.experiments.harness import devices, search
 from rollax.experiments.harness.command_line import Options, one_line_errors, parse_known
 from rollax.experiments.harness.launchers import LAUNCHERS, Engine
 from rollax.experiments.harness.run_folder import RunFolder
-from rollax.experiments.harness.study import Study
+from rollax.experiments.harness.study import Study, load_study
 from rollax.experiments.harness.sweep import (
     Point,
     finished,
-    load_study,
     parse_grid,
     points_of,
     programs_of,

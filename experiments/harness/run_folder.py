@@ -203,8 +203,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def versions() -> dict:
-    """What a result depends on: the command, Python, libraries, devices, and the state of the repository."""
+def git_state() -> tuple[str | None, bool]:
+    """The commit, None outside of a repository, and whether there are changes on top of it."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -214,12 +214,18 @@ def versions() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    return git("rev-parse", "HEAD"), git("status", "--porcelain") not in ("", None)
+
+
+def versions() -> dict:
+    """What a result depends on: the command, Python, libraries, devices, and the state of the repository."""
+    commit, changed = git_state()
     libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted": git("status", "--porcelain") not in ("", None),
+        "commit": commit,
+        "uncommitted": changed,
         "devices": [str(device) for device in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
         "processes": jax.process_count(),

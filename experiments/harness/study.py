@@ -4,7 +4,11 @@ A study file could be read, and its `build` be jitted and vmapped, without any o
 """
 
 import contextlib
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -176,3 +180,31 @@ def rates_of(results: Results) -> dict[str, float]:
     work = {unit: sum(row[name].sum() for row in rows) for name, unit in UNITS.items() if name in rows[0]}
     updates = sum(next(iter(row.values())).shape[0] * results.evaluated_at[-1] for row in rows)
     return {name: float(value / seconds) for name, value in {"updates of single runs/s": updates, **work}.items()}
+
+
+def study_names() -> tuple[str, ...]:
+    """The studies in experiments/."""
+    files = sorted(Path(__file__).parents[1].glob("*.py"))
+    return tuple(file.stem for file in files if "\nSTUDY = " in file.read_text())
+
+
+def load_study(name: str) -> Study:
+    """`STUDY` of a file in experiments/ by its name, or of any Python file by its path.
+
+    Raises:
+      ValueError: no such file, or one without a `STUDY`.
+    """
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise ValueError(f"study: expected a file, found none at {name}")
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        if name not in study_names():
+            raise ValueError(f"study: expected one of {', '.join(study_names())} or the path of a file, got {name!r}")
+        module = importlib.import_module(f"rollax.experiments.{name}")
+    if not isinstance(getattr(module, "STUDY", None), Study):
+        raise ValueError(f"study: expected a STUDY in {name}, found none")
+    return module.STUDY

@@ -7,11 +7,8 @@ are static make separate programs, one process each. A finished point is a file,
 import contextlib
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 import itertools
 import json
-import sys
 import traceback
 import types
 import typing
@@ -37,29 +34,6 @@ class Point(NamedTuple):
     label: str
     values: dict[str, Any]
     config: Any
-
-
-def load_study(name: str) -> Study:
-    """`STUDY` of a file in experiments/ by its name, or of any Python file by its path.
-
-    Raises:
-      ValueError: no such file, or one without a `STUDY`.
-    """
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise ValueError(f"study: expected a file, found none at {name}")
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        known = sorted(path.stem for path in Path(__file__).parents[1].glob("*.py") if "STUDY = " in path.read_text())
-        if name not in known:
-            raise ValueError(f"study: expected one of {', '.join(known)} or the path of a file, got {name!r}")
-        module = importlib.import_module(f"rollax.experiments.{name}")
-    if not isinstance(getattr(module, "STUDY", None), Study):
-        raise ValueError(f"study: expected a STUDY in {name}, found none")
-    return module.STUDY
 
 
 def parse_value(text: str, kind: Any, field: str) -> Any:

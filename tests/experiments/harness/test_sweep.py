@@ -74,18 +74,6 @@ def test_a_bad_value_in_a_grid():
         sweep.with_values(Kinds(), {"flag": "1"})
 
 
-def test_studies_by_name_and_path(tmp_path):
-    assert sweep.load_study("bandpo").name == "bandpo"
-    assert sweep.load_study(str(Path(__file__).parent / "toy_study.py")).name == "toy_study"
-    with pytest.raises(ValueError, match=r"study: expected one of bandpo, ppo_cartpole.* got 'sweep'"):
-        sweep.load_study("sweep")
-    with pytest.raises(ValueError, match=r"study: expected a file"):
-        sweep.load_study(str(tmp_path / "x.py"))
-    (tmp_path / "x.py").write_text("STUDY = 3\n")
-    with pytest.raises(ValueError, match=r"study: expected a STUDY"):
-        sweep.load_study(str(tmp_path / "x.py"))
-
-
 def test_traced_fields_share_a_program_and_zeros_do_not():
     grid = sweep.parse_grid(["lr=0.1,0.2", "noise=0,0.1,0.3", "width=2,3"], CONFIG)
     points = sweep.points_of({"toy": CONFIG}, grid)

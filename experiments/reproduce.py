@@ -1,0 +1,105 @@
+"""Runs the claims of all studies and writes one table of results, RESULTS.md.
+
+    python -m rollax.experiments.reproduce                      # every study with its defaults
+    python -m rollax.experiments.reproduce --studies bandpo
+    python -m rollax.experiments.reproduce --smoke              # seconds a study: does everything run?
+    python -m rollax.experiments.reproduce --table              # runs nothing, writes the table of what has run
+
+A run is named after the commit, so it is resumed or read if it exists, and runs anew when the code has changed.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rollax.experiments.harness.claims import Verdict
+from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.report import asked, effect_and_interval, markdown
+from rollax.experiments.harness.run_folder import RunFolder, git_state
+from rollax.experiments.harness.study import load_study, study_names
+
+HEAD = ("paper", "claim", "says", "verdict", "effect and interval", "asked", "seeds", "run", "date", "commit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """What to run."""
+
+    studies: tuple[str, ...] = ()
+    """Names of studies; all when empty."""
+    smoke: bool = False
+    """Seconds a study: shows that everything runs, says nothing of the claims."""
+    table: bool = False
+    """Run nothing."""
+    runs: str = "runs"
+    """Where run folders go."""
+    out: str = "RESULTS.md"
+    """Where the table goes."""
+
+    def check(self) -> None:
+        for name in self.studies:
+            if name not in study_names():
+                raise ValueError(f"studies: expected some of {', '.join(study_names())}, got {name!r}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked_for = parse(Reproduce(), __doc__, argv)
+    names = asked_for.studies or study_names()
+    failed = [] if asked_for.table else [name for name in names if run(name, asked_for)]
+    lines = [line for name in names for line in lines_of(name, asked_for)]
+    with one_line_errors():
+        if not lines:
+            raise ValueError(f"runs: expected a finished run with claims in {asked_for.runs}, found none")
+        Path(asked_for.out).write_text(page(lines, asked_for.smoke))
+    print(f"{len(lines)} verdicts: {asked_for.out}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def run(name: str, asked_for: Reproduce) -> int:
+    """Trains a study in a process of its own, or goes on where it stopped; its exit status."""
+    commit, changed = git_state()
+    words = ["smoke" if asked_for.smoke else "reproduce", (commit or "unknown")[:10], *["changed"] * changed]
+    command = [sys.executable, str(Path(__file__).parent / f"{name}.py"), "--runs", asked_for.runs]
+    command += ["--name", "-".join(words), "--resume", *(load_study(name).smoke if asked_for.smoke else ())]
+    print(f"==> {name}", flush=True)
+    return subprocess.run(command, check=False).returncode
+
+
+def lines_of(name: str, asked_for: Reproduce) -> list[list[str]]:
+    """The verdicts of a study's latest finished run, a line each."""
+    kind = "smoke-*" if asked_for.smoke else "reproduce-*"
+    finished = [path.parent for path in (Path(asked_for.runs) / name).glob(f"{kind}/results.json")]
+    if not finished:
+        return []
+    folder = max(finished, key=lambda path: (path / "results.json").stat().st_mtime)
+    results, versions = (RunFolder.read(folder, file) for file in ("results.json", "versions.json"))
+    commit = (versions["commit"] or "unknown")[:10] + (", changed" if versions["uncommitted"] else "")
+    where = [f"`{' '.join(versions['command'])}`", versions["started"][:10], commit]
+    lines = []
+    for label, part in results.items():
+        for claim in part["claims"]:
+            verdict = Verdict(**{field: float("nan") if value is None else value for field, value in claim.items()})
+            numbers = [f"{effect_and_interval(verdict)} {verdict.unit}".strip(), asked(verdict), str(verdict.seeds)]
+            paper = f"{load_study(name).title}, {label}"
+            lines.append([paper, verdict.name, verdict.statement, verdict.verdict, *numbers, *where])
+    return lines
+
+
+def page(lines: Sequence[Sequence[str]], smoke: bool) -> str:
+    """RESULTS.md."""
+    command = "python -m rollax.experiments.reproduce" + (" --smoke" if smoke else "")
+    count = {verdict: sum(line[3] == verdict for line in lines) for verdict in ("holds", "fails", "inconclusive")}
+    note = "A smoke run: it shows that everything runs and says nothing of the claims." if smoke else (
+        "A claim holds if the whole 95 % interval over seeds agrees with it, and fails if none of it does."
+    )  # fmt: skip
+    counted = ", ".join(f"{number} {'hold' if name == 'holds' else name}" for name, number in count.items() if number)
+    head = f"# Results\n\nWritten by `{command}`. {note}\nOf {len(lines)} verdicts: {counted}."
+    return f"{head}\n\n{markdown(HEAD, lines)}\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""`python -m rollax.experiments.reproduce`: every study runs, and one table comes of the JSON files."""
+
+import json
+
+import pytest
+
+from rollax.experiments import reproduce
+from rollax.experiments.harness.study import study_names
+
+
+def test_a_smoke_run_of_every_study(tmp_path, capfd):
+    argv = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "RESULTS.md")]
+    reproduce.main(argv)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "says nothing of the claims" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    claims = 0
+    for name in study_names():
+        (results,) = (tmp_path / "runs" / name).glob("smoke-*/results.json")
+        for label, part in json.loads(results.read_text()).items():
+            claims += len(part["claims"])
+            for claim in part["claims"]:
+                (line,) = [x for x in lines if x[1] == claim["name"] and x[0].endswith(f", {label}")]
+                assert line[2][:20] == claim["statement"][:20]
+                assert line[3] == claim["verdict"]
+                assert line[6] == "2"
+    assert len(lines) == claims >= 27
+    capfd.readouterr()
+    reproduce.main([*argv, "--table"])  # the same from the files alone
+    assert (tmp_path / "RESULTS.md").read_text() == text
+    assert "==>" not in capfd.readouterr().out
+
+
+def test_what_is_wrong_gets_one_line(tmp_path, capsys):
+    for argv, words in (
+        (["--studies", "chess"], "studies: expected some of bandpo, ppo_cartpole"),
+        (["--table", "--runs", str(tmp_path)], "runs: expected a finished run with claims in"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            reproduce.main(argv)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
