@@ -175,6 +175,7 @@ def judge_all(
 def _in_family(verdict: Verdict, p_adjusted: float, correction: str, family: int) -> Verdict:
     note = verdict.note
     if verdict.verdict == "holds" and p_adjusted > (1 - verdict.level) / 2:
-        weak = f"alone; not after correction for {family} claims ({correction}, p = {p_adjusted:.2g})"
+        asked = f"{(1 - verdict.level) / 2:.2g}"
+        weak = f"alone; among {family} claims its p is {p_adjusted:.2g}, above {asked} ({correction})"
         note = f"{note}; {weak}" if note else weak
     return replace(verdict, note=note, p_adjusted=p_adjusted, correction=correction)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,14 +160,17 @@ def fenced(text: str) -> str:
 
 
 def show(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Prints a table; only the second column of text may wrap."""
-    table = rich.table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    """Prints a table; heads may wrap, and the column of statements."""
+    table = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(head):
-        table.add_column(name, no_wrap=name != "says", justify="left" if index == 0 or name == "says" else "right")
+        says = name == "says"
+        name = name if says else textwrap.fill(name, 12)
+        table.add_column(name, no_wrap=not says, justify="left" if index == 0 or says else "right")
     for line in lines:
         table.add_row(*line)
     console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = console if console.is_terminal else Console(width=180)
+    console.print(title, style="italic", highlight=False, markup=False)
     console.print(table)
 
 

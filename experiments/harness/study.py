@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rollax.experiments.harness import devices
+from rollax.experiments.harness import devices, statistics
 from rollax.experiments.harness.claims import Claim, Verdict, judge_all
 from rollax.experiments.harness.columns import write_parquet
 from rollax.experiments.harness.command_line import Options, one_line_errors
@@ -97,7 +97,8 @@ def main(study: Study, argv: Sequence[str] | None = None) -> None:
         for label, config in configs.items():
             everything[label], state_of = train(builds[label], config, label, folder, sink)
             show_episodes = builds[label].episodes
-            episodes[label] = show_episodes(state_of) if show_episodes and folder.writes else ()
+            # A state that spans several processes is no single process's to play with.
+            episodes[label] = show_episodes(state_of) if show_episodes and jax.process_count() == 1 else ()
         if folder.writes:
             report(study, folder, configs, everything, episodes)
 
@@ -136,7 +137,8 @@ def report(study: Study, folder: RunFolder, configs: dict, everything: dict[str,
         show(section.title, section.table.head, section.table.lines)
         if judged:
             show(f"{label}: claims", VERDICT_HEAD, verdict_lines(judged))
-        sections.append(section)
+        compared = comparison(study, label, results)
+        sections += [section, *compared]
         saved[label] = {
             "claims": [verdict.as_dict() for verdict in judged],
             "rows": {row: {name: f(results, row) for name, f in study.columns.items()} for row in results.train},
@@ -171,6 +173,41 @@ def section_of(study: Study, label: str, results: Results, judged: Sequence[Verd
         seconds=results.seconds,
         rates=rates_of(results),
     )
+
+
+def comparison(study: Study, label: str, results: Results) -> list[Section]:
+    """Every arm against the first at equal seeds, by the first column: aggregates, paired tests, Holm's correction.
+
+    Left out for a single arm or fewer than five seeds, and arms for which a seed gave no number.
+    """
+    column, measure = next(iter(study.columns.items()))
+    scores = {row: np.asarray(measure(results, row), np.float64) for row in results.train}
+    scores = {row: values for row, values in scores.items() if np.isfinite(values).all()}
+    if len(scores) < 2 or next(iter(scores.values())).size < 5:
+        return []
+    (first, baseline), *others = scores.items()
+    tests = {row: statistics.paired_tests(values, baseline) for row, values in others}
+    adjusted = dict(zip(tests, statistics.adjust(np.array([test.t_p for test in tests.values()])), strict=True))
+    lines = []
+    for row, values in scores.items():
+        iqm = statistics.bootstrap_interval(values, statistics.iqm)
+        line = [row, f"{iqm.estimate:.3f} [{iqm.low:.3f}, {iqm.high:.3f}]", f"{statistics.median(values):.3f}"]
+        if row == first:
+            lines.append([*line, "-", "-", "-", "-"])
+            continue
+        test, better = tests[row], statistics.probability_of_improvement_interval(values, baseline, paired=True)
+        lines.append(
+            [
+                *line,
+                f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]",
+                f"{test.effect_size:.2f}",
+                f"{adjusted[row]:.2g}",
+                f"{better.estimate:.2f} [{better.low:.2f}, {better.high:.2f}]",
+            ]
+        )
+    head = ["arm", f"IQM of {column}", "median", f"less {first}", "d_z", "p (Holm)", f"P(better than {first})"]
+    title = f"{label}: {column} against {first} at equal seeds"
+    return [Section(f"{label}_compared", title, Table(head, lines), (), ())]
 
 
 def rates_of(results: Results) -> dict[str, float]:

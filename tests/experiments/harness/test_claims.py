@@ -110,7 +110,7 @@ def test_family_is_corrected_by_holm():
     assert {v.correction for v in judged} == {"holm"}
     strict = judge_all(claims, None, correction="bonferroni")  # .04, .008, 1, .02
     assert [v.verdict for v in strict] == [v.verdict for v in judged]  # nothing is downgraded
-    assert strict[0].note == "alone; not after correction for 4 claims (bonferroni, p = 0.04)"
+    assert strict[0].note == "alone; among 4 claims its p is 0.04, above 0.025 (bonferroni)"
     assert [v.note for v in strict[1:]] == [""] * 3
     with pytest.raises(ValueError, match=r"correction: expected one of holm.*'sidak'"):
         judge_all(claims, None, correction="sidak")
@@ -127,7 +127,7 @@ def test_family_is_of_the_claims_that_could_be_tested():
     ran, outside, against = judge_all(claims, results, looks=1)
     assert [v.name for v in (ran, outside, against)] == ["ran", "outside", "against"]
     assert ran.p_adjusted == pytest.approx(0.04)  # of two
-    assert "for 2 claims" in ran.note
+    assert "among 2 claims" in ran.note
     assert np.isnan(outside.p_adjusted)
     assert (against.verdict, against.note) == ("fails", "")
     assert judge_all([], results) == []
