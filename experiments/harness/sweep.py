@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 import traceback
 import types
 import typing
@@ -178,8 +179,8 @@ def train_points(study: Study, points: Sequence[Point], sweep: Path, memory: flo
                     write_outcome(sweep, point, summary(study, results))
             return
         with recorded_errors(sweep, left):
-            for part, program, executables in parts_of(left, builds, memory):
-                train_part(study, part, program, executables, folder, sweep)
+            for part, program, executables, seconds in parts_of(left, builds, memory):
+                train_part(study, part, program, executables, seconds, folder, sweep)
     finally:
         folder.close()
 
@@ -192,29 +193,32 @@ def program_folder(sweep: Path, points: Sequence[Point]) -> RunFolder:
     return RunFolder(study, Options(runs=config.runs, name=name, resume=True), {p.name: p.config for p in points})
 
 
-def train_part(study: Study, part, program: Program, executables, folder: RunFolder, sweep: Path) -> None:
+def train_part(
+    study: Study, part, program: Program, executables, compile_seconds: float, folder: RunFolder, sweep: Path
+) -> None:
     """Points that are one program, with a file for each when they are done."""
     config = part[0].config
     label = f"{part[0].name}-{part[-1].name}"
     results, _ = run(program, label, config.updates, folder, config, executables=executables)
+    seconds = results.seconds | {"compile": compile_seconds}
     for point in part:
         rows = {row: row.partition(":")[2] for row in results.train if row.startswith(f"{point.name}:")}
         own = Results(
             {name: results.train[row] for row, name in rows.items()},
             {name: results.held_out[row] for row, name in rows.items()},
             results.evaluated_at,
-            {name: value * len(rows) / len(results.train) for name, value in results.seconds.items()},
+            {name: value * len(rows) / len(results.train) for name, value in seconds.items()},
         )
         write_outcome(sweep, point, summary(study, own))
 
 
 def parts_of(points: Sequence[Point], builds: dict[str, Build], memory: float) -> Iterator[tuple]:
-    """(points, program, executables) of parts that fit the memory, as the compiler measures it.
+    """(points, program, executables, seconds of compiling) of parts that fit the memory, as the compiler measures it.
 
     All parts have one size, so that there is one compilation; the last repeats a point to fill up.
     """
     config, limit = points[0].config, memory * 2**30 or free_memory()
-    size, executables = len(points), None
+    begun, size, executables = time.perf_counter(), len(points), None
     while executables is None:
         program = program_of(points[:size], builds, config)
         executables = compiled(program, config)
@@ -227,10 +231,11 @@ def parts_of(points: Sequence[Point], builds: dict[str, Build], memory: float) -
             size, executables = max(1, len(points) // parts), None
     if size < len(points):
         print(f"{len(points)} points in parts of {size}, which take {needed / 2**30:.2f} GiB")
+    seconds = time.perf_counter() - begun
     for start in range(0, len(points), size):
         part = points[start : start + size]
         full = [*part, *[part[-1]] * (size - len(part))]
-        yield part, program_of(full, builds, config), executables
+        yield part, program_of(full, builds, config), executables, seconds * (start == 0)
 
 
 def program_of(points: Sequence[Point], builds: dict[str, Build], config: Any) -> Program:
