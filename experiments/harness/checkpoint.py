@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rollax.experiments.harness import devices
 
@@ -64,29 +65,40 @@ class Checkpoints:
         Raises:
           ValueError: there are checkpoints, but none is whole.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        expected = {"state": target, "fingerprint": jax.ShapeDtypeStruct((), jnp.uint32)}
+        steps, damaged = sorted(self._manager.all_steps(), reverse=True), []
+        place = jax.tree.leaves(target)[0].sharding
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, PartitionSpec())
+        expected = {"state": target, "fingerprint": jax.ShapeDtypeStruct((), jnp.uint32, sharding=place)}
         for step in steps:
-            problem = None
+            problem = ""
             try:
                 wanted = self._args.Composite(run=self._args.StandardRestore(expected))
                 restored = self._manager.restore(step, args=wanted)["run"]
             except Exception as error:  # whatever a damaged file makes of orbax
                 problem = str(error).strip().split("\n")[0] or type(error).__name__
+            if devices.any_process(bool(problem)):
+                problem = problem or "another process cannot read it"
+            elif int(jax.jit(fingerprint)(restored["state"])) == int(restored["fingerprint"]):
+                for newer in damaged:  # only now: if none can be read, the reason may be another one than damage
+                    self._manager.delete(newer)
+                return step, restored["state"]
             else:
-                if int(jax.jit(fingerprint)(restored["state"])) == int(restored["fingerprint"]):
-                    return step, restored["state"]
                 problem = "its content has changed since it was written"
             print(f"the checkpoint of update {step} is damaged ({problem}): trying the one before", file=sys.stderr)
-            self._manager.delete(step)
+            damaged.append(step)
         if steps:
             raise ValueError(f"resume: expected a whole checkpoint in {self._manager.directory}, all are damaged")
         return None
 
-    def close(self) -> None:
-        """Waits for what is being saved, and ends orbax's threads."""
+    def wait(self) -> None:
+        """Until what is being saved is complete."""
         with self._readable_errors():
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends orbax's threads."""
+        self.wait()
         self._manager.close()
 
     @contextlib.contextmanager

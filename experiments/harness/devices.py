@@ -1,21 +1,6 @@
-"""Devices and processes: the mesh, how runs spread over it, `jax.distributed`, and the switches of a process.
+"""Devices: the mesh, how runs spread over it, arrays that span several processes, and the switches of a process."""
 
-Several processes (hosts) run the same program; arrays then span all of them, and only the first process writes files.
-Start each with JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or all with
-`srun`; a Ray worker sets the three from its rank before it calls a study's `main`. All need one disk for the run
-folder. When a process is lost the others end too, and `--resume` goes on, with any number of processes.
-"""
-
-import atexit
-import contextlib
-import functools
 import os
-import socket
-import subprocess
-import sys
-import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +12,16 @@ from jax.sharding import Mesh
 
 from rollax.agents import make_mesh
 from rollax.experiments.harness.command_line import Options
+from rollax.experiments.harness.processes import join
 
 AXES = ("data", "fsdp", "tensor")
 
 
 def begin(options: Options) -> None:
-    """Sets a process up, before JAX is first used: compilation cache, determinism, NaNs, the other processes.
+    """Sets a process up, before JAX is first used: compilation cache, determinism, the other processes.
 
     Raises:
-      ValueError: JAX runs already, too late for `deterministic` or for other processes; or see `join`.
+      ValueError: JAX runs already, too late for `deterministic`; `debug_nans` in several processes; see also `join`.
     """
     use_compilation_cache()
     flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
@@ -43,8 +29,9 @@ def begin(options: Options) -> None:
         if backends_are_initialized():
             raise ValueError(f"deterministic: expected before JAX has started, which it has: set XLA_FLAGS={flag}")
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
-    jax.config.update("jax_debug_nans", options.debug_nans)
     join()
+    if options.debug_nans and jax.process_count() > 1:
+        raise ValueError("debug_nans: expected a run of one process")
 
 
 def use_compilation_cache() -> None:
@@ -54,107 +41,6 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(root / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def join() -> None:
-    """Joins the other processes of the run, if the environment names any; else does nothing.
-
-    ROLLAX_JOIN_SECONDS (120) is how long it waits for them, ROLLAX_HEARTBEAT_SECONDS (10) how long for a silent one.
-
-    Raises:
-      ValueError: variables that are missing or wrong, JAX runs already, or the first process is not to be reached.
-    """
-    if jax.distributed.is_initialized():
-        return
-    place, several = {}, whole_number("SLURM_STEP_NUM_TASKS", least=1, default=1)
-    if any(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
-        several = whole_number("JAX_NUM_PROCESSES", least=1)
-        index, address = whole_number("JAX_PROCESS_ID", least=0), os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-        if index >= several:
-            raise ValueError(f"JAX_PROCESS_ID: expected below JAX_NUM_PROCESSES={several}, got {index}")
-        if not address.rpartition(":")[2].isdigit():
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS: expected host:port of the first process, got {address!r}")
-        place = {"coordinator_address": address, "num_processes": several, "process_id": index}
-    if several == 1:
-        return
-    if backends_are_initialized():
-        raise ValueError(f"JAX_NUM_PROCESSES: {several} processes must join before JAX has started, which it has")
-    seconds = whole_number("ROLLAX_JOIN_SECONDS", least=1, default=120)
-    heartbeat = whole_number("ROLLAX_HEARTBEAT_SECONDS", least=1, default=10)
-    if place:
-        meet(address, first=index == 0, seconds=seconds)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # what CPUs of several processes talk by
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `loop.stoppable`
-    at_death(f"error: jax.distributed: {several} processes did not meet within {seconds} s, or two have one number")
-    jax.distributed.initialize(**place, initialization_timeout=seconds, heartbeat_timeout_seconds=heartbeat)
-    at_death("error: this process or another one of the run was lost; --resume goes on from the last checkpoint")
-
-
-def whole_number(name: str, *, least: int, default: int | None = None) -> int:
-    """An environment variable; ValueError if it is no integer of at least `least`, or missing without a default."""
-    text = os.environ.get(name, default)
-    try:
-        number = int(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected an integer, got {text!r}") from None
-    if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
-    return number
-
-
-def meet(address: str, first: bool, seconds: float) -> None:
-    """Raises ValueError where JAX would abort: the first process cannot listen, another one cannot reach it."""
-    host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if first:
-                socket.create_server(("", int(port))).close()
-            else:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
-            return
-        except OSError as error:
-            if first or time.monotonic() > deadline:
-                does = "listen on" if first else f"reach within {seconds} s"
-                raise ValueError(f"JAX_COORDINATOR_ADDRESS: cannot {does} {address}: {error.strerror}") from None
-        time.sleep(0.2)
-
-
-@functools.cache
-def witness() -> subprocess.Popen:
-    """A child that, when this process has ended, prints the last line it was told: JAX ends some from C++, by abort."""
-    script = 'while read -r line; do last=$line; done; [ -z "$last" ] || echo "$last" >&2'
-    child = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
-    atexit.register(at_death, "")
-    atexit.register(jax.distributed.shutdown)  # before that, and it may abort too
-    return child
-
-
-def at_death(line: str) -> None:
-    """What is printed when this process ends without having taken it back with an empty line."""
-    witness().stdin.write(f"{line}\n".encode())
-    witness().stdin.flush()
-
-
-@contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """Of several processes, one that fails in the body ends at once: an orderly exit waits for the others, and they
-    for this one. One process alone fails as ever."""
-    try:
-        yield
-    except BaseException as error:
-        if not jax.distributed.is_initialized() or (isinstance(error, SystemExit) and not error.code):
-            raise
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error)
-        if not lost:  # else the witness says it
-            at_death("")
-            if not isinstance(error, SystemExit):
-                traceback.print_exc()
-            if jax.process_index() == 0:
-                time.sleep(1)  # the others may have failed for the same reason, and without the first they would abort
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 def parse_mesh(text: str) -> Mesh:
@@ -167,9 +53,12 @@ def parse_mesh(text: str) -> Mesh:
     if unknown or any(size < 1 for size in shape.values()):
         raise ValueError(f"mesh: expected sizes of {', '.join(AXES)}, got {text!r}")
     try:
-        return make_mesh(shape or {"fsdp": -1})
+        mesh = make_mesh(shape or {"fsdp": -1})
     except ValueError as error:
         raise ValueError(f"mesh: {error}") from None
+    if jax.process_count() > 1 and mesh.size < jax.device_count():
+        raise ValueError(f"mesh: expected all {jax.device_count()} devices of the processes, got {text!r}")
+    return mesh
 
 
 def runs_mesh(text: str, rows: int, seeds: int) -> tuple[Mesh, int]:

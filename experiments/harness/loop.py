@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rollax.experiments.harness import devices
 from rollax.experiments.harness.checkpoint import Checkpoints
 from rollax.experiments.harness.command_line import Options
+from rollax.experiments.harness.processes import failing_together
 from rollax.experiments.harness.run_folder import RunFolder
 from rollax.experiments.harness.track import Sink
 
@@ -169,7 +171,7 @@ def run(
       SystemExit: stopped by a signal, status 130; `--resume` goes on.
     """
     checkpoints = Checkpoints(folder.path / "checkpoints" / label, options.save_every)
-    with contextlib.closing(checkpoints), devices.failing_together():
+    with contextlib.closing(checkpoints), failing_together():
         begun = time.perf_counter()
         if executables is None and not (folder.resumed and checkpoints.latest() == updates):
             executables = compiled(program, options)
@@ -216,11 +218,28 @@ def run(
 
 
 def compiled(program: Program, options: Options) -> tuple[Callable, Callable]:
-    """`advance` and `evaluate`, compiled ahead; with `debug_nans` as functions that JAX can take apart."""
+    """`advance` and `evaluate`, compiled ahead; with `debug_nans` as functions that raise FloatingPointError from the
+    line of the study that gave the first NaN."""
     if options.debug_nans:
-        return jax.jit(program.advance), jax.jit(program.evaluate)
+        return stopping_at_nans(program.advance, program), stopping_at_nans(program.evaluate, program)
     advance = jax.jit(program.advance, donate_argnums=0).lower(program.state, program.numbers).compile()
     return advance, jax.jit(program.evaluate).lower(program.state, program.numbers).compile()
+
+
+def stopping_at_nans(function: Callable, program: Program) -> Callable:
+    # checkify, and not jax_debug_nans: that looks at outputs alone, and inside of shard_map and scan it names no line.
+    checked = jax.jit(checkify.checkify(function, errors=checkify.nan_checks))
+    checked = checked.lower(program.state, program.numbers).compile()
+
+    def call(state, numbers):
+        error, result = checked(state, numbers)
+        try:
+            error.throw()
+        except checkify.JaxRuntimeError as problem:  # its cause has the traceback of the line
+            raise FloatingPointError(f"debug_nans: {str(problem).splitlines()[0]}") from problem.__cause__
+        return result
+
+    return call
 
 
 def size(program: Program) -> str:

@@ -20,6 +20,7 @@ from rollax.experiments.harness.columns import write_parquet
 from rollax.experiments.harness.command_line import Options, one_line_errors
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import UNITS, Results, Train, merge, run, single, vectorize
+from rollax.experiments.harness.processes import failing_together
 from rollax.experiments.harness.report import (
     VERDICT_HEAD,
     Episode,
@@ -84,6 +85,12 @@ class Study(NamedTuple):
 def main(study: Study, argv: Sequence[str] | None = None) -> None:
     """The command line of a study file."""
     configs = study.configs(argv)
+    with failing_together():
+        run_and_report(study, configs)
+
+
+def run_and_report(study: Study, configs: dict[str, Any]) -> None:
+    """Everything after the command line."""
     options: Options = next(iter(configs.values()))
     with one_line_errors():
         check_sinks(options.track)
