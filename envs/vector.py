@@ -176,7 +176,8 @@ def _reset_rows(environment):
 
 def _step_rows(environment):
     def step_row(state, action):
-        stream, step_key, reset_key = jax.random.split(state.key, 3)
+        # The keys of split(key, 3), one by one: what an environment does not use is never computed.
+        stream, step_key, reset_key = (jax.random.fold_in(state.key, i) for i in range(3))
         env_state, step = environment.step(step_key, state.env, action)
         done = step.terminated | step.truncated
         # Under vmap a cond runs both branches anyway, so the fresh episode is always drawn and selected.

@@ -7,7 +7,6 @@ Medians of interleaved repeats; compilation apart.
 """
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +14,11 @@ import numpy as np
 
 from rollax import objectives
 from rollax.experiments import bandpo
-from rollax.experiments.harness.report import show
+from rollax.experiments.benchmarks.timing import interleave, seconds_of
 from rollax.experiments.harness.devices import use_compilation_cache
+from rollax.experiments.harness.report import show
 
 REPEATS = 7
-
-
-def median_seconds(functions: dict) -> dict[str, float]:
-    """Median wall time of each function over interleaved repeats, after one call that compiles."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    times = {name: [] for name in functions}
-    for _ in range(REPEATS):
-        for name, function in functions.items():
-            begun = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append(time.perf_counter() - begun)
-    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def measure(config: bandpo.Config) -> list[list[str]]:
@@ -39,10 +26,10 @@ def measure(config: bandpo.Config) -> list[list[str]]:
     config = dataclasses.replace(config, arms=("band_kl",), chunk=1, updates=1, warm_start=0)
     task, policy = bandpo.prepare(config)
     numbers, arms = bandpo.numbers_of(config, [bandpo.Row("band_kl", "band_kl", config.lr)])
-    numbers = jax.tree.map(lambda x: x[0], numbers)
+    (numbers,) = numbers.values()
     train = bandpo.make_train(config, task, policy, arms)
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
-    state = jax.jit(jax.vmap(lambda key: train.init(key, policy.start(key))))(keys)
+    state = jax.jit(jax.vmap(train.init))(keys)
     update = jax.jit(jax.vmap(train.advance, in_axes=(0, None)))
     spec = task.env.spec
     shape = (config.seeds, config.prompts * config.samples, spec.max_observation + spec.max_action)
@@ -54,9 +41,9 @@ def measure(config: bandpo.Config) -> list[list[str]]:
         for arm in ("band_kl", "band_tv", "band_chi2", "clip")
     }
     compiled = {name: jax.jit(bounds) for name, bounds in kinds.items()}
-    functions = {"update": lambda: update(state, numbers)}
-    functions |= {name: lambda f=f: f(old) for name, f in compiled.items()}
-    seconds = median_seconds(functions)
+    contestants = {"update": lambda: seconds_of(update, state, numbers)}
+    contestants |= {name: lambda f=f: seconds_of(f, old) for name, f in compiled.items()}
+    seconds = {name: float(np.median(times)) for name, times in interleave(contestants, REPEATS).items()}
     whole = seconds.pop("update")
     return [
         [f"{config.model}, {name}", f"{1e3 * s:.3f}", f"{1e3 * whole:.1f}", f"{100 * s / whole:.2f} %"]
@@ -66,7 +53,7 @@ def measure(config: bandpo.Config) -> list[list[str]]:
 
 def main() -> None:
     use_compilation_cache()
-    lines = [line for config in bandpo.configs_of([]) for line in measure(config)]
+    lines = [line for config in bandpo.configs_of([]).values() for line in measure(config)]
     band, whole = (sum(float(line[column]) for line in lines if line[0].endswith("band_kl")) for column in (1, 2))
     lines.append(["default study, band_kl", f"{band:.3f}", f"{whole:.1f}", f"{100 * band / whole:.2f} %"])
     show(

@@ -333,7 +333,7 @@ def test_cache_in_chunks_is_one_pass(scan_layers, cuts):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
     assert int(cache.index) == 9
     np.testing.assert_array_equal(cache.positions[:, 9:], -1)
-    assert len(cache.keys) == SMALL.num_layers and cache.keys[0].shape == (3, 12, 2, 8)
+    assert len(cache.keys) == SMALL.num_layers and cache.keys[0].shape == (3, 2, 12, 8)
 
 
 def test_padding_anywhere_and_whatever_it_holds():
@@ -398,7 +398,7 @@ def test_shared_prefix_training_is_exact(scan_layers):
     ((_, one), g_one), ((_, other), g_other) = results
     np.testing.assert_allclose(one, other, atol=1e-5)
     for a, b in zip(jax.tree.leaves(g_one), jax.tree.leaves(g_other), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))  # float32 of the largest entry
+        np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))  # float32 of the largest entry
     keys = g_one["layers"]["attention"]["k"] if scan_layers else g_one["layers"][1]["attention"]["k"]
     assert float(jnp.abs(keys["kernel"]).max()) > 0.01  # the prompt's keys do carry gradient
 
@@ -468,7 +468,7 @@ def test_decoding_never_copies_the_cache(scan_layers):
 
     program = jax.jit(decode, donate_argnums=2).lower(params, jnp.zeros(B, jnp.int32), model.init_cache(B, S))
     text = program.compile().as_text()
-    shape = f"{B},{S},2,8]"
+    shape = f"{B},2,{S},8]"
     assert f"f32[{shape}" in text and "dynamic-update-slice" in text
     assert f"f32[{SMALL.num_layers},{shape}" not in text  # never stacked
     assert not [line for line in text.splitlines() if f"= f32[{shape}" in line and " copy(" in line]

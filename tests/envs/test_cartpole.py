@@ -74,3 +74,13 @@ def test_render_and_bad_arguments():
     assert len(text.splitlines()) == 3 and "angle" in text and "step 0" in text
     with pytest.raises(ValueError, match="max_steps"):
         cartpole(max_steps=0)
+
+
+def test_starts_are_uniform_and_independent():
+    physics = np.asarray(
+        jax.jit(jax.vmap(lambda key: cartpole().reset(key)[1]))(jax.random.split(jax.random.key(3), 20_000))
+    )
+    quantiles = np.quantile(physics / 0.05, [0.0, 0.25, 0.5, 0.75, 1.0], axis=0)
+    np.testing.assert_allclose(quantiles, np.repeat([[-1.0], [-0.5], [0.0], [0.5], [1.0]], 4, axis=1), atol=0.03)
+    assert np.abs(physics).max() < 0.05
+    np.testing.assert_allclose(np.corrcoef(physics.T), np.eye(4), atol=0.03)

@@ -1,14 +1,125 @@
-"""Every benchmark runs; what it measures is for its reader, not for a test."""
+"""Every benchmark runs and forms its ratios; what it measures is for its reader, not for a test."""
 
 import dataclasses
+import json
+import sys
+from pathlib import Path
 
-from rollax.experiments import bandpo
-from rollax.experiments.benchmarks import band_bounds
+import jax
+import numpy as np
+import pytest
+
+from rollax.experiments import bandpo, ppo_cartpole
+from rollax.experiments.benchmarks import band_bounds, env_steps, generation, objectives, peer, ppo, timing
+
+TINY_LLAMA = Path(__file__).parents[1] / "golden" / "hf_tiny" / "llama"
+
+
+def lone_rows(path):
+    """Rows of a run without the peer: a rate of ours each, and no ratio."""
+    result = json.loads(path.read_text())
+    assert result["versions"]["jax"] == jax.__version__ and not result["peer_versions"]
+    for row in result["rows"]:
+        assert row["ours_per_second"] > 0 and row["compile_ours"] > 0
+        assert row["peer_per_second"] is None and row["ratio"] is None
+    return result["rows"]
 
 
 def test_band_bounds(monkeypatch):
     monkeypatch.setattr(band_bounds, "REPEATS", 1)
-    (config, _) = bandpo.configs_of([])
+    config = next(iter(bandpo.configs_of([]).values()))
     lines = band_bounds.measure(dataclasses.replace(config, seeds=1, passes=1, mini_batches=1))
     assert [line[0] for line in lines][-2:] == ["tabular, band_chi2", "tabular, clip"]
     assert all(line[-1].endswith("%") for line in lines)
+
+
+def test_env_steps(tmp_path):
+    out = tmp_path / "folder" / "out.json"
+    env_steps.main(["--no-peer", "--num-envs", "2", "4", "--steps", "401", "--repeats", "2", "--out", str(out)])
+    rows = lone_rows(out)
+    assert [row["work"] for row in rows] == [400, 400] and len(rows[0]["ours"]) == 2
+    for row in rows:  # random actions fall after some twenty steps
+        assert 0.02 < row["notes"]["share_of_steps_that_end"]["ours"] < 0.1
+
+
+def test_objectives(tmp_path):
+    out = tmp_path / "out.json"
+    size = ["--rows", "32", "--tokens", "8", "--calls", "2", "--repeats", "1"]
+    objectives.main(["--peers", *size, "--out", str(out)])
+    assert len(lone_rows(out)) == len(objectives.CASES)
+
+
+def test_generation(tmp_path):
+    out = tmp_path / "out.json"
+    size = ["--batches", "1", "3", "--prompt", "5", "--new", "4", "--repeats", "1"]
+    generation.main(["--no-peer", "--model", str(TINY_LLAMA), *size, "--out", str(out)])
+    assert [row["work"] for row in lone_rows(out)] == [4, 12]
+
+
+def test_agreement_counts_whole_rows():
+    ours = np.array([[1, 2, 3], [4, 5, 6]])
+    assert generation.agreement(ours, ours) == 1.0
+    assert generation.agreement(ours, np.array([[1, 2, 3], [4, 5, 7]])) == 0.5
+
+
+def test_ppo(tmp_path):
+    config = ppo.Config(seeds=2, updates=1, repeats=1)
+    study = ppo_cartpole.Config(seeds=2, updates=1, num_envs=4, steps=8, passes=1, mini_batches=1, width=8)
+    row = ppo.measure(config, study, None)
+    returns = row.notes["return_of_each_seed"]["ours"]
+    assert row.work == 2 * 4 * 8 and len(returns) == 2 and all(1 <= x <= 500 for x in returns)
+
+
+@pytest.mark.parametrize("main", [env_steps.main, objectives.main, generation.main, ppo.main])
+def test_bad_values_get_one_line(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--repeats", "0"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: repeats: expected at least 1, got 0\n"
+
+
+def test_ratios_are_formed_within_each_repeat(tmp_path):
+    ours, theirs = iter([9.0, 1.0, 2.0, 4.0]), iter([9.0, 2.0, 2.0, 12.0])  # the first turn warms up
+    row = timing.duel("case", "units/s", 8.0, 3, lambda: next(ours), lambda: next(theirs), compile_ours=0.5)
+    assert row.ours == [1.0, 2.0, 4.0] and row.peer == [2.0, 2.0, 12.0]
+    assert row.quartiles() == (2.0, 1.5, 2.5)  # of 2, 1 and 3
+    path = timing.publish("test", [row], {}, {"rival": "1.0"}, str(tmp_path / "out.json"))
+    (published,) = json.loads(path.read_text())["rows"]
+    assert published["ratio"] == 2.0 and published["ratio_quartiles"] == [1.5, 2.5]
+    assert published["ours_per_second"] == 4.0 and published["peer_per_second"] == 4.0
+    assert timing.lines_of([row])[0] == ["case", "4", "4", "units/s", "2.00x", "1.50 to 2.50", "0.50 s", "-"]
+
+
+def test_contestants_take_turns():
+    order = []
+    turn = lambda name: lambda: order.append(name) or 1.0  # noqa: E731
+    timing.interleave({"a": turn("a"), "b": turn("b")}, 3)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+
+
+PEER_SIDE = """
+import os
+print("to stderr, not into the answers")
+def handlers():
+    told = lambda: os.environ["TOLD"]
+    return {"double": lambda x: 2 * x, "fail": lambda: 1 / 0, "told": told, "die": lambda: os._exit(3)}
+"""
+
+
+def test_a_peer_answers_fails_and_dies(tmp_path):
+    file = tmp_path / "side.py"
+    file.write_text(PEER_SIDE)
+    with peer.serving(sys.executable, file, TOLD="yes") as ask:
+        assert ask("double", x=[1, 2]) == [1, 2, 1, 2] and ask("told") == "yes"
+        with pytest.raises(RuntimeError, match="fail: ZeroDivisionError"):
+            ask("fail")
+        assert ask("double", x=4) == 8  # a failed question does not end it
+        with pytest.raises(RuntimeError, match="ended with status 3"):
+            ask("die")
+
+
+def test_an_interpreter_that_has_the_modules_is_taken_as_it_is():
+    assert peer.interpreter(peer.Peer("none", ("json",), ())) == sys.executable
+    assert peer.interpreter(peer.Peer("none", ("json",), ()), sys.executable) == sys.executable
+    with pytest.raises(ValueError, match="python: expected an interpreter, got 'no-such-python'"):
+        peer.interpreter(peer.Peer("none", ("json",), ()), "no-such-python")
