@@ -6,7 +6,7 @@ rollout, advantages and updates of all seeds are one jitted `vmap`.
     python experiments/ppo_cartpole.py
     python experiments/ppo_cartpole.py --seeds 64 --clip 0.1
 
-Results come to runs/ppo_cartpole/NAME/: report.md, results.json, curves.png, metrics.jsonl.
+Results come to runs/ppo_cartpole/NAME/: report.html, results.json, figures, metrics, checkpoints.
 """
 
 from collections.abc import Callable

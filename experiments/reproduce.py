@@ -9,6 +9,7 @@ A run is named after the commit, so it is resumed or read if it exists, and runs
 """
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def run(name: str, asked_for: Reproduce) -> int:
     """Trains a study in a process of its own, or goes on where it stopped; its exit status."""
     commit, changed = git_state()
     words = ["smoke" if asked_for.smoke else "reproduce", (commit or "unknown")[:10], *["changed"] * changed]
-    command = [sys.executable, str(Path(__file__).parent / f"{name}.py"), "--runs", asked_for.runs]
+    command = [sys.executable, "-m", f"rollax.experiments.{name}", "--runs", asked_for.runs]
     command += ["--name", "-".join(words), "--resume", *(load_study(name).smoke if asked_for.smoke else ())]
     print(f"==> {name}", flush=True)
     return subprocess.run(command, check=False).returncode
@@ -78,7 +79,7 @@ def lines_of(name: str, asked_for: Reproduce) -> list[list[str]]:
     folder = max(finished, key=lambda path: (path / "results.json").stat().st_mtime)
     results, versions = (RunFolder.read(folder, file) for file in ("results.json", "versions.json"))
     commit = (versions["commit"] or "unknown")[:10] + (", changed" if versions["uncommitted"] else "")
-    where = [f"`{' '.join(versions['command'])}`", versions["started"][:10], commit]
+    where = [f"`{shlex.join(versions['command'])}`", versions["started"][:10], commit]
     lines = []
     for label, part in results.items():
         for claim in part["claims"]:

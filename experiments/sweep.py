@@ -15,10 +15,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from rollax.experiments.harness import devices, search
-from rollax.experiments.harness.command_line import Options, one_line_errors, parse_known
+from rollax.experiments.harness.command_line import Options, UserError, one_line_errors, parse_known
 from rollax.experiments.harness.launchers import LAUNCHERS, Engine
 from rollax.experiments.harness.run_folder import RunFolder
 from rollax.experiments.harness.study import Study, load_study
@@ -30,7 +31,7 @@ from rollax.experiments.harness.sweep import (
     programs_of,
     train_points,
 )
-from rollax.experiments.harness.sweep_report import Unranked, report
+from rollax.experiments.harness.sweep_report import report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,29 +96,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = load_study(sweep.study)
         configs = study.configs(rest)
         grid = parse_grid(sweep.grid, next(iter(configs.values())))
-        what = search_of(sweep, study, configs, grid)
-        points = [] if what else points_of(configs, grid)
         options: Options = next(iter(configs.values()))
+        points = [] if sweep.search else points_of(configs, grid)
+        programs = programs_of(study, points)
+        jobs = list(range(sweep.workers if sweep.search else len(programs)))
+        here = len(jobs) == 1 and sweep.launcher == "local"
+        if here:
+            devices.begin(options)
+        else:
+            jax.config.update("jax_platforms", "cpu")  # the devices are for the jobs
+        what = search_of(sweep, study, configs, grid)
         folder = RunFolder(study.name, options, configs | {"sweep": {"grid": grid, "search": what}})
         folder.write_json("command.json", argv)  # the jobs read it
     print(f"results: {folder.path}")
-    with one_line_errors(OSError, ImportError, Unranked), closing(folder):
-        jobs = list(range(sweep.workers if what else len(programs_of(study, points))))
-        todo = jobs if what else [j for j in jobs if not all_finished(folder.path, programs_of(study, points)[j])]
+    with one_line_errors(OSError, ImportError, UserError), closing(folder):
+        todo = jobs if what else [job for job in jobs if not all_finished(folder.path, programs[job])]
         kind = f"{len(jobs)} workers" if what else f"{len(points)} points in {len(jobs)} programs, {len(todo)} to run"
         print(f"{study.name}: {kind}", flush=True)
-        if len(todo) == 1 and sweep.launcher == "local":
+        if todo and here:
             work(folder.path, todo[0])
         elif todo:
-            codes = LAUNCHERS[sweep.launcher](folder.path, todo, sweep.engine)
+            codes = LAUNCHERS[sweep.launcher](folder.path.absolute(), todo, sweep.engine)
             for job, code in zip(todo, codes, strict=True):
                 if code:
-                    print(f"job {job} ended with status {code}: {folder.path / 'jobs'}/{job:03d}.txt", file=sys.stderr)
+                    print(f"job {job} ended with status {code}: {last_line(folder.path, job)}", file=sys.stderr)
         if what:
             points = trials_of(folder.path)
-        report(study, folder, points, list(grid), metric=sweep.metric, row=sweep.row, minimize=sweep.minimize)
+        metric, row = (what.metric, what.row) if what else (sweep.metric, sweep.row)
+        report(study, folder, points, list(grid), metric=metric, row=row, minimize=sweep.minimize)
     failed = [point for point in points if not finished(folder.path, point)]
-    if failed:
+    if what and len(points) - len(failed) < what.trials:
+        print(
+            f"{len(points) - len(failed)} of {what.trials} trials are done: --resume --name {folder.path.name} goes on"
+        )
+        raise SystemExit(1)
+    if failed and not what:
         print(f"{len(failed)} of {len(points)} points are not finished: --resume --name {folder.path.name} runs them")
         raise SystemExit(1)
 
@@ -130,9 +143,10 @@ def search_of(sweep: Sweep, study: Study, configs: dict, grid: dict) -> search.S
         raise ValueError(f"search: expected one configuration, got {', '.join(configs)}: choose one")
     if sweep.search not in search.samplers():
         raise ValueError(f"search: expected one of {', '.join(search.samplers())}, got {sweep.search!r}")
-    search.check_space(grid, next(iter(configs.values())))
-    metric = sweep.metric or next(iter(study.columns))
-    return search.Search(grid, sweep.search, sweep.trials, metric, sweep.row, sweep.minimize)
+    (config,) = configs.values()
+    search.check_space(grid, config)
+    metric, row = search.resolve(study, config, sweep.metric, sweep.row)
+    return search.Search(grid, sweep.search, sweep.trials, metric, row, sweep.minimize)
 
 
 def work(path: Path, job: int) -> None:
@@ -146,7 +160,15 @@ def work(path: Path, job: int) -> None:
         label, config = next(iter(configs.items()))
         search.work(study, config, label, search_of(sweep, study, configs, grid), path, job)
     else:
-        train_points(study, programs_of(study, points_of(configs, grid))[job], path, sweep.memory)
+        neighbours = sweep.workers if sweep.launcher == "local" else 1
+        train_points(study, programs_of(study, points_of(configs, grid))[job], path, sweep.memory, neighbours)
+
+
+def last_line(path: Path, job: int) -> str:
+    """What a job said last, and where the rest is."""
+    log = path / "jobs" / f"{job:03d}.txt"
+    said = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
+    return f"{said[-1] if said else 'it said nothing'} ({log})"
 
 
 def all_finished(path: Path, points: Sequence[Point]) -> bool:

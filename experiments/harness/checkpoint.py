@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rollax.experiments.harness import devices
+from rollax.experiments.harness.command_line import UserError
 
 SHARE = 0.03  # of the time may go into saving
 
@@ -85,10 +86,12 @@ class Checkpoints:
                 return step, restored["state"]
             else:
                 problem = "its content has changed since it was written"
-            print(f"the checkpoint of update {step} is damaged ({problem}): trying the one before", file=sys.stderr)
+            what = f"the checkpoint of update {step} is damaged or of another form ({problem})"
+            print(f"{what}: trying the one before", file=sys.stderr)
             damaged.append(step)
         if steps:
-            raise ValueError(f"resume: expected a whole checkpoint in {self._manager.directory}, all are damaged")
+            where = self._manager.directory
+            raise UserError(f"resume: expected a checkpoint of this study's state in {where}, none can be read")
         return None
 
     def wait(self) -> None:

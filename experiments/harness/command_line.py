@@ -32,6 +32,8 @@ class Options:
     """Only deterministic kernels, where an accelerator has a choice."""
     debug_nans: bool = False
     """Stop with an error where the first NaN appears (slow)."""
+    looks: int = 1
+    """How often the claims were judged, this time included, while seeds were added: more widen every interval."""
     profile: int = 0
     """Chunks of updates to trace, after the first, into the run folder (open with xprof or TensorBoard)."""
 
@@ -39,6 +41,8 @@ class Options:
         """Raises ValueError for values that cannot work, before anything is computed."""
         if not self.save_every >= 0:
             raise ValueError(f"save_every: expected at least 0 seconds, got {self.save_every}")
+        if self.looks < 1:
+            raise ValueError(f"looks: expected at least 1, got {self.looks}")
         if self.profile < 0:
             raise ValueError(f"profile: expected at least 0 chunks, got {self.profile}")
         if "/" in self.name or self.name.startswith("."):
@@ -48,6 +52,10 @@ class Options:
     def names(cls) -> tuple[str, ...]:
         """The fields that surround a run and do not define it."""
         return tuple(field.name for field in fields(Options))
+
+
+class UserError(ValueError):
+    """Something that a user can mend, found after the command line was read: one line tells it, not a traceback."""
 
 
 def parse(default: Any, description: str, argv: list[str] | None = None, *, check: bool = True) -> Any:

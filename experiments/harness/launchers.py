@@ -4,8 +4,11 @@ Each job is the same command in a process of its own, which leaves its results i
 that folder. A job that dies takes no other with it.
 """
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,18 +34,44 @@ class Engine(NamedTuple):
     slurm: Mapping[str, Any] = MappingProxyType({})
 
 
-def run_job(sweep: str, job: int) -> int:
-    """Runs one job to its end; its output goes to `jobs/<job>.txt`. Returns its exit status."""
-    log = Path(sweep) / "jobs" / f"{job:03d}.txt"
+def start_job(sweep: Path, job: int, folder: str) -> subprocess.Popen:
+    """One job, in a working folder; its output goes to `jobs/<job>.txt` of the sweep."""
+    log = sweep / "jobs" / f"{job:03d}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "rollax.experiments.sweep", "--work", sweep, str(job)]
+    command = [sys.executable, "-m", "rollax.experiments.sweep", "--work", str(sweep), str(job)]
     with log.open("a") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+
+
+def run_job(sweep: str, job: int, folder: str) -> int:
+    """Runs one job to its end, and returns its exit status."""
+    return start_job(Path(sweep), job, folder).wait()
 
 
 def launch_local(sweep: Path, jobs: Sequence[int], engine: Engine) -> list[int]:
-    with ThreadPoolExecutor(engine.workers) as pool:
-        return list(pool.map(run_job, [str(sweep)] * len(jobs), jobs))
+    """Some processes at a time. SIGTERM and SIGINT are handed on to them, and no further one starts."""
+    running, stopping = [], []
+
+    def run(job):
+        if stopping:
+            return 130
+        running.append(start_job(sweep, job, os.getcwd()))
+        return running[-1].wait()
+
+    def stop(number, frame):
+        stopping.append(number)
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    try:
+        with ThreadPoolExecutor(engine.workers) as pool:
+            return list(pool.map(run, jobs))
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def launch_ray(sweep: Path, jobs: Sequence[int], engine: Engine) -> list[int]:
@@ -56,7 +85,7 @@ def launch_ray(sweep: Path, jobs: Sequence[int], engine: Engine) -> list[int]:
         ray.init(address=engine.address or None, include_dashboard=False, log_to_driver=False)
     try:
         remote = ray.remote(num_cpus=engine.cpus, num_gpus=engine.gpus, max_retries=0)(run_job)
-        return ray.get([remote.remote(str(sweep), job) for job in jobs])
+        return ray.get([remote.remote(str(sweep), job, os.getcwd()) for job in jobs])
     finally:
         if started:
             ray.shutdown()
@@ -73,7 +102,7 @@ def launch_slurm(sweep: Path, jobs: Sequence[int], engine: Engine) -> list[int]:
     executor.update_parameters(
         name="rollax", cpus_per_task=engine.cpus, gpus_per_node=engine.gpus, **{"timeout_min": 24 * 60} | parameters
     )
-    submitted = executor.map_array(run_job, [str(sweep)] * len(jobs), jobs)
+    submitted = executor.map_array(run_job, [str(sweep)] * len(jobs), jobs, [os.getcwd()] * len(jobs))
     return [job.result() for job in submitted]
 
 

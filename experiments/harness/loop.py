@@ -6,10 +6,12 @@ checkpoint after each. Nothing leaves the program inside a chunk.
 """
 
 import contextlib
+import shlex
 import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rollax.experiments.harness import devices
 from rollax.experiments.harness.checkpoint import Checkpoints
-from rollax.experiments.harness.command_line import Options
+from rollax.experiments.harness.command_line import Options, UserError
 from rollax.experiments.harness.processes import failing_together
 from rollax.experiments.harness.run_folder import RunFolder
 from rollax.experiments.harness.track import Sink
@@ -142,9 +144,6 @@ class Results(NamedTuple):
     seconds: dict[str, float]
 
 
-UNITS = {"tokens": "sampled tokens", "env_steps": "environment steps"}  # metrics that count work, if a study has them
-
-
 def run(
     program: Program,
     label: str,
@@ -166,12 +165,17 @@ def run(
       executables: what `compiled` gave, where the caller has compiled already.
       watch: `watch(update, train, held_out)` sees the metrics of each chunk; True ends the run early.
     Returns:
-      The results and the last state.
+      The results and the last state (None for a finished run without checkpoints).
     Raises:
       SystemExit: stopped by a signal, status 130; `--resume` goes on.
+      UserError: chunks that do not divide `updates`, a metric with a reserved name, a history with a gap, checkpoints
+        that are all damaged.
     """
     checkpoints = Checkpoints(folder.path / "checkpoints" / label, options.save_every)
     with contextlib.closing(checkpoints), failing_together():
+        history = folder.history(label) if folder.resumed else []
+        if checkpoints.latest() is None and history and int(history[-1].stem) == updates:
+            return load_results(folder, label, program.rows), None  # finished, and its checkpoints were removed
         begun = time.perf_counter()
         if executables is None and not (folder.resumed and checkpoints.latest() == updates):
             executables = compiled(program, options)
@@ -198,6 +202,7 @@ def run(
                 metrics, held_out = devices.fetch((metrics, evaluate(state, program.numbers)))
                 seconds = time.perf_counter() - begun
                 steps = next(iter(metrics.values())).shape[2]
+                check_metrics(metrics, held_out, updates - done)
                 chunk, done = chunk + 1, done + steps
                 save_history(folder, label, done, seconds, metrics, held_out)
                 log(folder, sink, label, program.rows, done, metrics, held_out)
@@ -209,10 +214,10 @@ def run(
             if done == updates and checkpoints.latest() != updates:
                 checkpoints.save(done, state)
     devices.broadcast("all files are written")  # the others read them
-    if done < updates and not enough:
-        where = f"{folder.path.name}: --resume --name {folder.path.name} goes on"
+    if stop or (done < updates and not enough):
         if folder.writes:
-            print(f"stopped after update {done} of {updates}; {where}", file=sys.stderr)
+            name = shlex.quote(folder.path.name)
+            print(f"stopped after update {done} of {updates}: --resume --name {name} goes on", file=sys.stderr)
         raise SystemExit(130)
     return load_results(folder, label, program.rows, compile_seconds), state
 
@@ -242,6 +247,16 @@ def stopping_at_nans(function: Callable, program: Program) -> Callable:
     return call
 
 
+def check_metrics(train: dict, held_out: dict, left: int) -> None:
+    """Raises UserError for what could not be kept."""
+    reserved = {"label", "row", "seed", "update"} & {*train, *held_out}
+    if reserved:
+        raise UserError(f"metrics: expected names besides label, row, seed and update, got {', '.join(reserved)}")
+    steps = next(iter(train.values())).shape[2]
+    if left % steps:
+        raise UserError(f"updates: expected a multiple of the {steps} updates of a chunk, got {left} to do")
+
+
 def size(program: Program) -> str:
     rows = len(program.rows)
     return f"{rows} row{'s' * (rows > 1)} x {program.seeds} seed{'s' * (program.seeds > 1)}"
@@ -254,11 +269,18 @@ def save_history(folder: RunFolder, label: str, update: int, seconds: float, tra
 
 
 def load_results(folder: RunFolder, label: str, rows: Sequence[str], compile_seconds: float = 0.0) -> Results:
-    """The whole history of a label."""
-    parts = []
+    """The whole history of a label; UserError where a part is missing or damaged."""
+    parts, before = [], 0
     for path in folder.history(label):
-        with np.load(path) as saved:
-            parts.append({name: saved[name] for name in saved.files})
+        try:
+            with np.load(path) as saved:
+                parts.append({name: saved[name] for name in saved.files})
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"history: expected an NPZ file, {path} is damaged ({error})") from None
+        update, steps = int(path.stem), next((x.shape[2] for x in parts[-1].values() if x.ndim > 2), 0)
+        if update - before != steps:
+            raise UserError(f"history: expected every part, the one before {path} is missing")
+        before = update
 
     def gather(side, join):
         names = [name for name in parts[-1] if name.startswith(side)]
@@ -281,7 +303,7 @@ def log(
     for index, row in enumerate(rows):
         means = {name: value[index].mean() for name, value in train.items() if value.ndim == 3}
         means |= {f"held_out/{name}": value[index].mean() for name, value in held_out.items()}
-        folder.log(label=label, row=row, update=update, **means)
+        folder.log({"label": label, "row": row, "update": update} | means)
         everything |= {f"{label}/{row}/{name}": float(value) for name, value in means.items()}
     if sink is not None:
         sink.log(update, everything)
@@ -306,8 +328,8 @@ def progress(title: str, total: int, done: int, show: bool) -> Iterator[Callable
     if not sys.stdout.isatty():
         yield lambda done, text: print(f"{title}: {done}/{total}  {text}", flush=True)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}")) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False)) as bar:
         task = bar.add_task(title, total=total, completed=done, text="")
         yield lambda done, text: bar.update(task, completed=done, text=text)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+import rich.markup
 import rich.table
 from markupsafe import Markup
 from rich import box
@@ -164,10 +165,10 @@ def show(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Non
     table = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(head):
         says = name == "says"
-        name = name if says else textwrap.fill(name, 12)
+        name = rich.markup.escape(name if says else textwrap.fill(name, 12))
         table.add_column(name, no_wrap=not says, justify="left" if index == 0 or says else "right")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(rich.markup.escape, line))
     console = Console()
     console = console if console.is_terminal else Console(width=180)
     console.print(title, style="italic", highlight=False, markup=False)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from rollax.experiments.harness import devices
-from rollax.experiments.harness.command_line import Options
+from rollax.experiments.harness.command_line import Options, UserError
 
 
 class RunFolder:
@@ -60,7 +60,7 @@ class RunFolder:
 
     def _open(self, options, configs):
         root = self.path
-        self.path = root / (options.name or (latest(root) if options.resume else new_name(root)))
+        self.path = root / (options.name or (latest(root, "sweep" in configs) if options.resume else new_name(root)))
         self.resumed = options.resume and (self.path / "config.json").exists()
         if not self.resumed and holds_a_run(self.path):
             raise ValueError(f"name: expected a new run, but {self.path} already holds one (--resume goes on with it)")
@@ -75,7 +75,7 @@ class RunFolder:
             raise ValueError(f"name: {self.path} is in use by a running process") from None
         if self.resumed:
             self._check_same(configs)
-            before = self.read_json("versions.json")
+            before = self.read_json("versions.json") or {}
             self.write_json("versions.json", before | {"resumed": [*before.get("resumed", []), versions()]})
         else:
             self.write_json("versions.json", versions())
@@ -87,7 +87,7 @@ class RunFolder:
             self._lock.close()
 
     def _check_same(self, configs):
-        saved, surround = json.loads((self.path / "config.json").read_text()), Options.names()
+        saved, surround = self.read_json("config.json"), Options.names()
         wanted = json.loads(json.dumps(plain(configs)))
         differ = [
             f"{field} was {before.get(field)!r}, is {now.get(field)!r}"
@@ -105,10 +105,13 @@ class RunFolder:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # of a write, which does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from None
         os.replace(temporary, path)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -122,9 +125,12 @@ class RunFolder:
     def read(folder: Path, name: str) -> Any:
         """The same of any run's folder, also one that is being written."""
         path = folder / name
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{path}: expected JSON, it is damaged ({error})") from None
 
-    def log(self, **metrics: Any) -> None:
+    def log(self, metrics: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl, in one write."""
         if not self.writes:
             return
@@ -161,9 +167,10 @@ def holds_a_run(path: Path) -> bool:
     return path.exists() and any(x.name not in ("lock", "versions.json") and x.name[0] != "." for x in path.iterdir())
 
 
-def latest(root: Path) -> str:
-    """The name of the run in `root` that was begun last; ValueError if there is none."""
+def latest(root: Path, sweep: bool = False) -> str:
+    """The name of the run (or sweep) in `root` that was begun last; ValueError if there is none."""
     started = [path.parent for path in root.glob("*/config.json")]
+    started = [path for path in started if (path / "command.json").exists() == sweep]
     if not started:
         raise ValueError(f"resume: expected a run in {root}, found none")
     return max(started, key=lambda path: (path / "config.json").stat().st_mtime).name
@@ -222,7 +229,7 @@ def versions() -> dict:
     commit, changed = git_state()
     libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted": changed,

@@ -5,10 +5,12 @@ pruning sees. Trials with equal static fields use one compiled program.
 """
 
 import contextlib
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rollax.experiments.harness.command_line import Options
@@ -27,7 +29,7 @@ class Search(NamedTuple):
       sampler: of `SAMPLERS`.
       trials: that finish or are pruned, by all workers together.
       metric: held-out, of the row; its mean over the seeds counts.
-      row: the first of the study when empty.
+      row: of the study.
       minimize: else maximize.
     """
 
@@ -35,7 +37,7 @@ class Search(NamedTuple):
     sampler: str
     trials: int
     metric: str
-    row: str = ""
+    row: str
     minimize: bool = False
 
 
@@ -74,34 +76,51 @@ def open_trials(sweep: Path, search: Search, seed: int) -> Any:
     )
 
 
-def range_of(field: str, values: list[str]) -> tuple[float, float, bool] | None:
-    """(low, high, logarithmic) of `["1e-4..1e-2:log"]`, ints where both are, None for choices; else ValueError."""
+def range_of(field: str, values: list[str], kind: type) -> tuple[float, float, bool] | None:
+    """(low, high, logarithmic) of `["1e-4..1e-2:log"]`, of a field's type; None for choices; else ValueError."""
     low, dots, high = values[0].partition("..")
     if len(values) > 1 or not dots:
         return None
     high, _, scale = high.partition(":")
     try:
-        low, high = (int(low), int(high)) if low.isdigit() and high.isdigit() else (float(low), float(high))
+        low, high = (int(low), int(high)) if kind is int else (float(low), float(high))
     except ValueError:
         low, high = 0, 0
-    if not low < high or scale not in ("", "log") or (scale and low <= 0):
+    if kind not in (int, float) or not low < high or scale not in ("", "log") or (scale and low <= 0):
         raise ValueError(f"grid: {field} expects a range like 1e-4..1e-2:log, got {values[0]!r}")
     return low, high, scale == "log"
 
 
+def resolve(study: Study, config: Any, metric: str, row: str) -> tuple[str, str]:
+    """The held-out metric and the row that are searched by, the first ones where empty; ValueError for others."""
+    build = study.build(config)
+    if build.state is not None:
+        raise ValueError("search: expected small runs that share a program, got a model that fills the devices")
+    row = row or next(iter(build.rows))
+    if row not in build.rows:
+        raise ValueError(f"row: expected one of {', '.join(build.rows)}, got {row!r}")
+    state = jax.eval_shape(build.train.init, jax.random.key(0))
+    held_out = jax.eval_shape(build.train.evaluate, state, build.rows[row])
+    metric = metric or next(iter(held_out))
+    if metric not in held_out:
+        raise ValueError(f"metric: expected one of {', '.join(held_out)}, got {metric!r}")
+    return metric, row
+
+
 def check_space(space: dict[str, list[str]], config: Any) -> None:
     """Raises ValueError where a choice or an end of a range is no value of its field."""
+    kinds = typing.get_type_hints(type(config))
     for field, values in space.items():
-        ends = range_of(field, values)
+        ends = range_of(field, values, kinds[field])
         for word in values if ends is None else [repr(end) for end in ends[:2]]:
             with_values(config, {field: word})
 
 
-def suggest(trial: Any, space: dict[str, list[str]]) -> dict[str, str]:
+def suggest(trial: Any, space: dict[str, list[str]], config: Any) -> dict[str, str]:
     """The words of a trial, as on the command line."""
-    words = {}
+    words, kinds = {}, typing.get_type_hints(type(config))
     for field, values in space.items():
-        ends = range_of(field, values)
+        ends = range_of(field, values, kinds[field])
         if ends is None:
             words[field] = trial.suggest_categorical(field, values)
         else:
@@ -111,7 +130,7 @@ def suggest(trial: Any, space: dict[str, list[str]]) -> dict[str, str]:
 
 
 def work(study: Study, config: Any, label: str, search: Search, sweep: Path, worker: int) -> None:
-    """Runs trials until all workers together have finished `search.trials`.
+    """Runs trials until all workers together have finished `search.trials`. A trial without a finite value is pruned.
 
     Several workers may finish a few more, those that ran when the last one was counted. Three failures in a row end a
     worker: they are not about the values of a trial.
@@ -125,7 +144,7 @@ def work(study: Study, config: Any, label: str, search: Search, sweep: Path, wor
     failures = []
 
     def objective(trial):
-        values, own = with_values(config, suggest(trial, search.space))
+        values, own = with_values(config, suggest(trial, search.space, config))
         point = Point(f"{trial.number:04d}", label, values, own)
         try:
             value = run_trial(study, point, search, sweep, trial, executables)
@@ -153,22 +172,16 @@ def run_trial(study: Study, point: Point, search: Search, sweep: Path, trial: An
 
     config = point.config
     build = study.build(config)
-    if build.state is not None:
-        raise ValueError("search: expected small runs that share a program, got a model that fills the devices")
-    row = search.row or next(iter(build.rows))
-    if row not in build.rows:
-        raise ValueError(f"row: expected one of {', '.join(build.rows)}, got {row!r}")
-    index = list(build.rows).index(row)
+    index = list(build.rows).index(search.row)
     program = vectorize(build.train, build.rows, range(config.seed, config.seed + config.seeds), config.mesh)
     key = program_key(study, config)
     if key not in executables:
         executables[key] = compiled(program, config)
 
     def watch(update, train, held_out) -> bool:
-        if search.metric not in held_out:
-            raise ValueError(f"metric: expected one of {', '.join(held_out)}, got {search.metric!r}")
-        trial.report(float(np.mean(held_out[search.metric][index])), update)
-        return trial.should_prune()
+        value = float(np.mean(held_out[search.metric][index]))
+        trial.report(value, update)
+        return not np.isfinite(value) or trial.should_prune()
 
     options = Options(runs=config.runs, name=point.name, save_every=float("inf"))
     folder = RunFolder(f"{sweep.parent.name}/{sweep.name}/trials", options, {point.name: config})
@@ -176,8 +189,8 @@ def run_trial(study: Study, point: Point, search: Search, sweep: Path, trial: An
         results, _ = run(
             program, point.name, config.updates, folder, options, executables=executables[key], watch=watch
         )
-    pruned = bool(results.evaluated_at[-1] < config.updates)
-    value = float(results.held_out[row][search.metric][:, -1].mean())
+    value = float(results.held_out[search.row][search.metric][:, -1].mean())
+    pruned = bool(results.evaluated_at[-1] < config.updates) or not np.isfinite(value)
     write_outcome(sweep, point, summary(study, results) | {"pruned": pruned, "value": value})
     if pruned:
         raise optuna.TrialPruned

@@ -17,9 +17,9 @@ import numpy as np
 from rollax.experiments.harness import devices, statistics
 from rollax.experiments.harness.claims import Claim, Verdict, judge_all
 from rollax.experiments.harness.columns import write_parquet
-from rollax.experiments.harness.command_line import Options, one_line_errors
+from rollax.experiments.harness.command_line import Options, UserError, one_line_errors
 from rollax.experiments.harness.figures import Panel
-from rollax.experiments.harness.loop import UNITS, Results, Train, merge, run, single, vectorize
+from rollax.experiments.harness.loop import UNITS, Results, Train, compiled, merge, run, single, vectorize
 from rollax.experiments.harness.processes import failing_together
 from rollax.experiments.harness.report import (
     VERDICT_HEAD,
@@ -85,8 +85,12 @@ class Study(NamedTuple):
 def main(study: Study, argv: Sequence[str] | None = None) -> None:
     """The command line of a study file."""
     configs = study.configs(argv)
-    with failing_together():
-        run_and_report(study, configs)
+    try:
+        with failing_together():
+            run_and_report(study, configs)
+    except KeyboardInterrupt:
+        print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run_and_report(study: Study, configs: dict[str, Any]) -> None:
@@ -96,18 +100,28 @@ def run_and_report(study: Study, configs: dict[str, Any]) -> None:
         check_sinks(options.track)
         devices.begin(options)
         builds = {label: study.build(config) for label, config in configs.items()}
+        for label, config in configs.items():
+            check_runs(builds[label], config)
         folder = RunFolder(study.name, options, configs)
     if folder.writes:
         print(f"results: {folder.path}", flush=True)
-    with one_line_errors(OSError), contextlib.closing(sink_of(study, folder, options)) as sink:
+    with one_line_errors(OSError, UserError), contextlib.closing(sink_of(study, folder, options)) as sink:
         everything, episodes = {}, {}
         for label, config in configs.items():
             everything[label], state_of = train(builds[label], config, label, folder, sink)
-            show_episodes = builds[label].episodes
             # A state that spans several processes is no single process's to play with.
-            episodes[label] = show_episodes(state_of) if show_episodes and jax.process_count() == 1 else ()
+            play = builds[label].episodes if jax.process_count() == 1 and state_of is not None else None
+            episodes[label] = play(state_of) if play is not None else ()
         if folder.writes:
             report(study, folder, configs, everything, episodes)
+
+
+def check_runs(build: Build, config: Any) -> None:
+    """Raises ValueError for seeds and devices that cannot work, before anything runs."""
+    if not 0 <= config.seed <= 2**31 - config.seeds:
+        raise ValueError(f"seed: expected 0 to 2147483648 less the number of seeds, got {config.seed}")
+    if build.state is None:
+        devices.runs_mesh(config.mesh, len(build.rows), config.seeds)
 
 
 def sink_of(study: Study, folder: RunFolder, options: Options) -> Sink:
@@ -117,18 +131,25 @@ def sink_of(study: Study, folder: RunFolder, options: Options) -> Sink:
 
 def train(
     build: Build, config: Any, label: str, folder: RunFolder, sink: Sink | None = None
-) -> tuple[Results, Callable[[str], Any]]:
-    """All rows and seeds of a configuration; the results, and `state_of(row)`, the last state of its first seed."""
+) -> tuple[Results, Callable[[str], Any] | None]:
+    """All rows and seeds of a configuration; the results, and `state_of(row)`, the last state of its first seed.
+
+    `state_of` is None where no state is at hand, and gives None for rows whose state was not kept.
+    """
     seeds = range(config.seed, config.seed + config.seeds)
     if build.state is None:
         program = vectorize(build.train, build.rows, seeds, config.mesh)
         results, state = run(program, label, config.updates, folder, config, sink=sink)
+        if state is None:
+            return results, None
         return results, lambda row: jax.tree.map(lambda x: x[program.rows.index(row), 0], state)
-    parts, states = [], {}
+    parts, states, executables = [], {}, None
     for row, numbers in build.rows.items():
         for seed in seeds:
             program = single(build.train, row, numbers, seed, build.state)
-            results, state = run(program, f"{label}/{row}-{seed}", config.updates, folder, config, sink=sink)
+            executables = executables or compiled(program, config)  # all runs have one program
+            part = f"{label}/{row}-{seed}"
+            results, state = run(program, part, config.updates, folder, config, sink=sink, executables=executables)
             parts.append(results)
             if seed == config.seed and len(build.rows) == 1:  # others would not fit beside the next run
                 states[row] = state
@@ -139,7 +160,7 @@ def report(study: Study, folder: RunFolder, configs: dict, everything: dict[str,
     """Tables to the terminal; results.json, metrics.parquet, the figures and the report to the folder."""
     sections, saved = [], {}
     for label, results in everything.items():
-        judged = verdicts(study, results)
+        judged = verdicts(study, results, configs[label].looks)
         section = section_of(study, label, results, judged, episodes[label])
         show(section.title, section.table.head, section.table.lines)
         if judged:
@@ -152,17 +173,17 @@ def report(study: Study, folder: RunFolder, configs: dict, everything: dict[str,
             "seconds": results.seconds,
             "rates": section.rates,
         }
-    write_parquet(folder.path / "metrics.parquet", everything, {label: c.seed for label, c in configs.items()})
     folder.write_json("results.json", saved)
+    write_parquet(folder.path / "metrics.parquet", everything, {label: c.seed for label, c in configs.items()})
     config, versions = folder.read_json("config.json"), folder.read_json("versions.json")
     page = write_report(folder.path, study.title, sections, config=config, versions=versions)
     print(f"report: {page}")
 
 
-def verdicts(study: Study, results: Results) -> list[Verdict]:
+def verdicts(study: Study, results: Results, looks: int = 1) -> list[Verdict]:
     """Of the claims whose rows have run with more than one seed."""
     seeds = next(iter(next(iter(results.train.values())).values())).shape[0]
-    return judge_all(study.claims, results) if seeds > 1 else []
+    return judge_all(study.claims, results, looks=looks) if seeds > 1 else []
 
 
 def section_of(study: Study, label: str, results: Results, judged: Sequence[Verdict], episodes=()) -> Section:
@@ -189,8 +210,9 @@ def comparison(study: Study, label: str, results: Results) -> list[Section]:
     """
     column, measure = next(iter(study.columns.items()))
     scores = {row: np.asarray(measure(results, row), np.float64) for row in results.train}
+    first = next(iter(scores))
     scores = {row: values for row, values in scores.items() if np.isfinite(values).all()}
-    if len(scores) < 2 or next(iter(scores.values())).size < 5:
+    if len(scores) < 2 or first not in scores or scores[first].size < 5:
         return []
     (first, baseline), *others = scores.items()
     tests = {row: statistics.paired_tests(values, baseline) for row, values in others}

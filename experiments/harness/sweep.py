@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rollax.experiments.harness.claims import judge_all
-from rollax.experiments.harness.command_line import Options
+from rollax.experiments.harness.command_line import Options, UserError
 from rollax.experiments.harness.loop import Program, Results, compiled, run, vectorize
 from rollax.experiments.harness.run_folder import RunFolder, plain
 from rollax.experiments.harness.study import Build, Study, rates_of, train
@@ -121,8 +121,10 @@ def point_path(folder: Path, point: Point) -> Path:
 
 def outcome(folder: Path, point: Point) -> dict | None:
     """What is known of a point: its results, or its "error"; None if it has not run."""
-    path = point_path(folder, point)
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return RunFolder.read(folder, f"points/{point.name}.json")
+    except UserError as error:
+        return {"error": str(error)}
 
 
 def finished(folder: Path, point: Point) -> bool:
@@ -155,12 +157,13 @@ def summary(study: Study, results: Results) -> dict:
 # --- One program ----------------------------------------------------------------------------------------------------
 
 
-def train_points(study: Study, points: Sequence[Point], sweep: Path, memory: float = 0.0) -> None:
+def train_points(study: Study, points: Sequence[Point], sweep: Path, memory: float = 0.0, neighbours: int = 1) -> None:
     """Trains the points of one program that are not finished, and writes what came of each.
 
     Args:
       sweep: its folder.
       memory: GiB that a program may take; 0 for most of what is free.
+      neighbours: programs that share what is free.
     """
     builds: dict[str, Build] = {}
     left = [point for point in points if not finished(sweep, point)]
@@ -170,7 +173,7 @@ def train_points(study: Study, points: Sequence[Point], sweep: Path, memory: flo
     left = [point for point in left if point.name in builds]
     if not left:
         return
-    folder = program_folder(sweep, left)
+    folder = program_folder(sweep, points)
     try:
         if builds[left[0].name].state is not None:  # each run fills the devices by itself
             for point in left:
@@ -178,9 +181,11 @@ def train_points(study: Study, points: Sequence[Point], sweep: Path, memory: flo
                     results, _ = train(builds[point.name], point.config, point.name, folder)
                     write_outcome(sweep, point, summary(study, results))
             return
-        with recorded_errors(sweep, left):
-            for part, program, executables, seconds in parts_of(left, builds, memory):
-                train_part(study, part, program, executables, seconds, folder, sweep)
+        limit = memory * 2**30 or free_memory() / neighbours
+        with recorded_errors(sweep, left):  # of compiling
+            for part, program, executables, seconds in parts_of(left, builds, limit, folder):
+                with recorded_errors(sweep, part):
+                    train_part(study, part, program, executables, seconds, folder, sweep)
     finally:
         folder.close()
 
@@ -188,9 +193,14 @@ def train_points(study: Study, points: Sequence[Point], sweep: Path, memory: flo
 def program_folder(sweep: Path, points: Sequence[Point]) -> RunFolder:
     config = points[0].config
     study = f"{sweep.parent.name}/{sweep.name}/programs"
-    # Checkpoints and history belong to this very set of points.
-    name = hashlib.sha256(",".join(point.name for point in points).encode()).hexdigest()[:8]
+    name = label_of(points)
     return RunFolder(study, Options(runs=config.runs, name=name, resume=True), {p.name: p.config for p in points})
+
+
+def label_of(points: Sequence[Point]) -> str:
+    """Checkpoints and history belong to one very set of points."""
+    digest = hashlib.sha256(",".join(point.name for point in points).encode()).hexdigest()[:8]
+    return f"{points[0].name}-{points[-1].name}-{digest}"
 
 
 def train_part(
@@ -198,39 +208,51 @@ def train_part(
 ) -> None:
     """Points that are one program, with a file for each when they are done."""
     config = part[0].config
-    label = f"{part[0].name}-{part[-1].name}"
-    results, _ = run(program, label, config.updates, folder, config, executables=executables)
+    results, _ = run(program, label_of(part), config.updates, folder, config, executables=executables)
     seconds = results.seconds | {"compile": compile_seconds}
+    kept = sum(len(rows_of(results, point)) for point in part)
     for point in part:
-        rows = {row: row.partition(":")[2] for row in results.train if row.startswith(f"{point.name}:")}
+        rows = rows_of(results, point)
         own = Results(
             {name: results.train[row] for row, name in rows.items()},
             {name: results.held_out[row] for row, name in rows.items()},
             results.evaluated_at,
-            {name: value * len(rows) / len(results.train) for name, value in seconds.items()},
+            {name: value * len(rows) / kept for name, value in seconds.items()},
         )
-        write_outcome(sweep, point, summary(study, own))
+        with recorded_errors(sweep, [point]):
+            write_outcome(sweep, point, summary(study, own))
 
 
-def parts_of(points: Sequence[Point], builds: dict[str, Build], memory: float) -> Iterator[tuple]:
+def rows_of(results: Results, point: Point) -> dict[str, str]:
+    """The rows of a point in its part's results, and what they are called in its own."""
+    return {row: row.partition(":")[2] for row in results.train if row.startswith(f"{point.name}:")}
+
+
+def parts_of(points: Sequence[Point], builds: dict[str, Build], limit: float, folder: RunFolder) -> Iterator[tuple]:
     """(points, program, executables, seconds of compiling) of parts that fit the memory, as the compiler measures it.
 
-    All parts have one size, so that there is one compilation; the last repeats a point to fill up.
+    All parts have one size, so that there is one compilation; the last repeats a point to fill up. A part that was
+    interrupted is formed again, so that it goes on.
     """
-    config, limit = points[0].config, memory * 2**30 or free_memory()
-    begun, size, executables = time.perf_counter(), len(points), None
+    config, begun = points[0].config, time.perf_counter()
+    size, executables = len(points), None
+    before = (folder.read_json("parts.json") or {}).get("size", size)
+    if before < size and (folder.path / "checkpoints" / label_of(points[:before])).exists():
+        size = before
     while executables is None:
         program = program_of(points[:size], builds, config)
         executables = compiled(program, config)
-        needed = bytes_of(executables[0])
+        needed = max(map(bytes_of, executables))
         if needed > limit:
             if size == 1:
                 gib = f"{limit / 2**30:.3g}, got {needed / 2**30:.3g}"
                 raise ValueError(f"memory: expected a point to need at most (in GiB) {gib}")
-            parts = max(-(-len(points) * needed // int(limit * size)), -(-len(points) // size) + 1)
-            size, executables = max(1, len(points) // parts), None
+            fitting = int(size * limit / needed)  # at most: some of what is needed is not per point
+            parts = -(-len(points) // max(1, min(size - 1, fitting)))
+            size, executables = min(size - 1, -(-len(points) // parts)), None
     if size < len(points):
         print(f"{len(points)} points in parts of {size}, which take {needed / 2**30:.2f} GiB")
+    folder.write_json("parts.json", {"size": size})
     seconds = time.perf_counter() - begun
     for start in range(0, len(points), size):
         part = points[start : start + size]
@@ -248,7 +270,9 @@ def program_of(points: Sequence[Point], builds: dict[str, Build], config: Any) -
 
 
 def bytes_of(executable: Any) -> int:
-    """What a compiled function holds at once on a device: arguments, results and temporaries."""
+    """What a compiled function holds at once on a device: arguments, results, temporaries; 0 if it cannot tell."""
+    if not hasattr(executable, "memory_analysis"):  # with --debug-nans
+        return 0
     used = executable.memory_analysis()
     return used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rollax.experiments.harness.command_line import UserError
 from rollax.experiments.harness.figures import Coordinates, HeatMap, Panel
 from rollax.experiments.harness.report import Section, Table, cell, show, write_report
 from rollax.experiments.harness.run_folder import RunFolder
@@ -15,10 +16,6 @@ from rollax.experiments.harness.sweep import Point, outcome
 
 SHOWN = 20  # lines on the terminal
 BEST = 6  # curves
-
-
-class Unranked(ValueError):
-    """The points cannot be ranked by what was asked for."""
 
 
 class Done(NamedTuple):
@@ -46,7 +43,7 @@ def report(
       metric: a column of the study or a held-out metric; the first column when empty.
       row: the arm that is ranked; the first when empty.
     Raises:
-      Unranked: no such metric or row.
+      UserError: no point has such a metric or row.
     """
     metric = metric or next(iter(study.columns))
     found = [(point, outcome(folder.path, point) or {"error": "has not run"}) for point in points]
@@ -54,8 +51,13 @@ def report(
         if "error" in one:
             print(f"point {point.name} ({describe(point.values)}): {one['error']}", file=sys.stderr)
     folder.write_json("results.json", {point.name: one for point, one in found})
-    done = [Done(point, one, value_of(one, row, metric)) for point, one in found if "error" not in one]
-    done.sort(key=lambda one: (one.found.get("pruned", False), one.value if minimize else -one.value))
+    whole = [(point, one) for point, one in found if "error" not in one]
+    row = row or next((name for _, one in whole for name in one["rows"]), "")
+    done = [Done(point, one, value_of(one, row, metric)) for point, one in whole]
+    if whole and all(np.isnan(one.value) for one in done):
+        check_ranking([one for _, one in whole], row, metric)
+    sign = 1 if minimize else -1
+    done.sort(key=lambda one: (one.found.get("pruned", False), not np.isfinite(one.value), sign * one.value))
     sections = []
     for label in dict.fromkeys(one.point.label for one in done):
         own = [one for one in done if one.point.label == label]
@@ -69,21 +71,34 @@ def report(
 
 
 def value_of(found: dict, row: str, metric: str) -> float:
-    """Mean over the seeds of a column, or of a held-out metric at the last evaluation."""
-    row = row or next(iter(found["rows"]))
-    if row not in found["rows"]:
-        raise Unranked(f"row: expected one of {', '.join(found['rows'])}, got {row!r}")
-    columns, curves = found["rows"][row], found["held_out"][row]
+    """What a search made of it; else the mean over the seeds of a column, or of a held-out metric at the end.
+
+    NaN for a point without such a row or metric.
+    """
+    if "value" in found:
+        return float(to_array(found["value"]))
+    columns, curves = found["rows"].get(row, {}), found["held_out"].get(row, {})
     if metric not in columns and metric not in curves:
-        raise Unranked(f"metric: expected one of {', '.join(dict.fromkeys([*columns, *curves]))}, got {metric!r}")
+        return float("nan")
     values = columns[metric] if metric in columns else [curve[-1] for curve in curves[metric]]
     return float(to_array(values).mean())
 
 
+def check_ranking(found: Sequence[dict], row: str, metric: str) -> None:
+    """Raises UserError if no point has the row or the metric."""
+    rows = dict.fromkeys(name for one in found for name in one["rows"])
+    if row not in rows:
+        raise UserError(f"row: expected one of {', '.join(rows)}, got {row!r}")
+    names = dict.fromkeys(
+        name for one in found if row in one["rows"] for name in (*one["rows"][row], *one["held_out"][row])
+    )
+    if metric not in names:
+        raise UserError(f"metric: expected one of {', '.join(names)}, got {metric!r}")
+
+
 def points_section(own: Sequence[Done], label: str, fields: Sequence[str], metric: str, row: str) -> Section:
     first = own[0].found
-    row = row or next(iter(first["rows"]))
-    columns = list(first["rows"][row])
+    columns = list(next(iter(first["rows"].values())))
     trained = ["updates"] if any(one.found.get("pruned") for one in own) else []
     lines = [
         [
@@ -95,7 +110,7 @@ def points_section(own: Sequence[Done], label: str, fields: Sequence[str], metri
         for one in own
         for arm, values in one.found["rows"].items()
     ]
-    seeds = len(first["rows"][row][columns[0]])
+    seeds = len(next(iter(first["rows"].values()))[columns[0]])
     chosen = "; the best is chosen by its result, confirm it with other seeds" if len(own) > 1 else ""
     return Section(
         label=label,
@@ -125,11 +140,15 @@ def claims_section(own: Sequence[Done], label: str) -> list[Section]:
 
 def curves_of(own: Sequence[Done], row: str) -> list[Panel]:
     """Held-out reward of the best points that ran to the end."""
-    last = max(one.found["evaluated_at"][-1] for one in own)
-    whole = [one for one in own if one.found["evaluated_at"][-1] == last and "reward" in one.found["held_out"][row]]
+    at = max((one.found["evaluated_at"] for one in own), key=lambda at: at[-1])
+    whole = [
+        one
+        for one in own
+        if one.found["evaluated_at"] == at and "reward" in one.found["held_out"].get(row, {}) and np.isfinite(one.value)
+    ]
     curves = {describe(one.point.values): to_array(one.found["held_out"][row]["reward"]) for one in whole[:BEST]}
     title = f"held-out reward of {row}, best points"
-    return [Panel(title, np.array(whole[0].found["evaluated_at"]), curves)] if curves else []
+    return [Panel(title, np.array(at), curves)] if curves else []
 
 
 def lines_of(own: Sequence[Done], fields: Sequence[str], metric: str) -> list[Panel]:
@@ -138,7 +157,7 @@ def lines_of(own: Sequence[Done], fields: Sequence[str], metric: str) -> list[Pa
         return []
     own = sorted(own, key=lambda one: one.point.values[fields[0]])
     x = np.array([one.point.values[fields[0]] for one in own])
-    arms = [arm for arm, columns in own[0].found["rows"].items() if metric in columns]
+    arms = [arm for arm in own[0].found["rows"] if all(metric in one.found["rows"].get(arm, {}) for one in own)]
     curves = {arm: np.stack([to_array(one.found["rows"][arm][metric]) for one in own], axis=1) for arm in arms}
     return [Panel(f"{metric} against {fields[0]}", x, curves, fields[0])] if curves else []
 
@@ -170,7 +189,7 @@ def describe(values: dict[str, Any]) -> str:
 def text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def is_number(value: Any) -> bool:

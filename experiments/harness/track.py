@@ -71,7 +71,8 @@ def open_sinks(names: Sequence[str], path: Path, *, study: str, name: str, confi
     path.mkdir(parents=True, exist_ok=True)
     state = {"id": unique_id(study, name), "logged": {}}
     if resume and (path / STATE).exists():
-        state = json.loads((path / STATE).read_text())
+        with going_on_without(STATE, {}):
+            state = json.loads((path / STATE).read_text())
     run = Run(path, study, name, json.loads(json.dumps(config, default=str)), state["id"], resume)
     before = {sink: dict(state["logged"].get(sink, {})) for sink in names}
     sinks = {}

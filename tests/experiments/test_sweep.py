@@ -104,12 +104,36 @@ def test_a_killed_sweep_resumes(tmp_path):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() - begun < 60
             time.sleep(0.01)
+        if kill:
+            (early,) = folder.glob("programs/*/history/*/00000004.npz")
+            before = early.stat().st_mtime_ns
         process.send_signal(signal.SIGKILL if kill else signal.SIGINT)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert "goes on" in said
     steps = [int(path.name) for path in folder.glob("programs/*/checkpoints/*/[0-9]*")]
-    assert max(steps) >= 230  # the second process went on from the first one's checkpoint
+    assert max(steps) >= 200
+    assert early.stat().st_mtime_ns == before  # the second process went on from the first one's checkpoint
+
+
+def test_diverged_points_come_last(tmp_path, capsys):
+    argv = [TOY, "--grid", "lr=0.1,50,0.3", "--updates", "100", "--chunk", "50", "--runs", str(tmp_path), "--name", "s"]
+    sweep.main(argv)
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " plain " in f"{line} "]
+    assert lines == ["0.3", "0.1", "50"]
+
+
+def test_static_fields_that_change_evaluations_are_reported(tmp_path):
+    sweep.main([TOY, "--grid", "chunk=2,4", "lr=0.1,0.2", "--runs", str(tmp_path), "--name", "s"])
+    assert (tmp_path / "toy_study" / "s" / "report.html").exists()
+
+
+def test_a_range_of_a_float_field_gives_floats(tmp_path):
+    pytest.importorskip("optuna")
+    argv = [TOY, "--grid", "lr=0..1", "--search", "random", "--trials", "3", "--runs", str(tmp_path), "--name", "s"]
+    sweep.main(argv)
+    values = [found["values"]["lr"] for found in points(tmp_path / "toy_study" / "s").values()]
+    assert len(values) >= 3 and all(0 < value < 1 for value in values)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +149,12 @@ def test_a_killed_sweep_resumes(tmp_path):
         ([TOY, "--grid", "lr=0.1", "--workers", "0"], "workers: expected at least 1, got 0"),
         ([TOY, "--grid", "lr=0.1..0.01", "--search", "tpe"], "grid: lr expects a range like 1e-4..1e-2:log"),
         ([TOY, "--grid", "lr=0.01..0.1", "--search", "magic"], "search: expected one of tpe, random, qmc, got 'magic'"),
+        (
+            [TOY, "--grid", "lr=0.1..0.2", "--search", "tpe", "--metric", "joy"],
+            "metric: expected one of reward, got 'joy'",
+        ),
+        ([TOY, "--grid", "lr=0.1..0.2", "--search", "tpe", "--row", "king"], "row: expected one of plain, lazy"),
+        ([TOY, "--grid", "width=0.5..3", "--search", "tpe"], "grid: width expects a range like"),
         ([TOY, "--grid", "lr=0.1,0.2", "--metric", "glory"], "metric: expected one of reward, got 'glory'"),
         ([TOY, "--grid", "lr=0.1,0.2", "--row", "king"], "row: expected one of plain, lazy, got 'king'"),
         ([TOY, "--grid", "lr=0.1,0.2", "--mesh", "data=3"], "mesh: expected a number of devices that divides 4 seeds"),

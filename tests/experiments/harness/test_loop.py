@@ -1,6 +1,5 @@
 """From one run to all rows and seeds, chunk by chunk; a run that was stopped or killed goes on bitwise the same."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from rollax.experiments.harness import loop
+from rollax.experiments.harness.command_line import UserError
 from rollax.experiments.harness.loop import (
     Results,
     early,
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_falls_back(tmp_path, capsys, damage):
     (resumed, _), _ = train(tmp_path, "cut")
     same(whole, resumed)
     said = capsys.readouterr().err
-    assert "the checkpoint of update 8 is damaged" in said
+    assert "the checkpoint of update 8 is damaged or of another form" in said
     assert "trying the one before" in said
 
 
@@ -161,7 +161,7 @@ def test_all_checkpoints_damaged_is_one_clear_error(tmp_path):
         train(tmp_path, "cut", stop_at=10)
     for path in (tmp_path / "toy_study" / "cut" / "checkpoints" / "toy").glob("*/run"):
         shutil.rmtree(path)
-    with pytest.raises(ValueError, match=r"resume: expected a whole checkpoint in .*cut/checkpoints/toy"):
+    with pytest.raises(UserError, match=r"resume: expected a checkpoint of this study.* in .*cut/checkpoints/toy"):
         train(tmp_path, "cut")
 
 
@@ -196,16 +196,14 @@ def wait_for(folder, chunks, process):
 def test_signals_of_a_real_process(tmp_path):
     """SIGTERM stops with a checkpoint and status 130; SIGKILLs, some inside a save, lose nothing."""
     folder = tmp_path / "toy_study" / "cut"
-    begun = 0
     for kill, chunks in ((signal.SIGTERM, 20), (signal.SIGKILL, 60), (signal.SIGKILL, 130)):
         process = start(tmp_path, "--name", "cut", "--resume")
-        wait_for(folder, begun + chunks, process)
+        wait_for(folder, chunks, process)
         process.send_signal(kill)
         said = process.communicate(timeout=60)[1].decode()
         if kill == signal.SIGTERM:
             assert process.returncode == 130
             assert "--resume --name cut goes on" in said
-        begun = 0
     newest = max(int(path.name) for path in (folder / "checkpoints" / "toy").iterdir() if path.name.isdigit())
     assert newest > 4
     # A resumed and an uninterrupted process, both stopped a little later, agree on all that both have done.
@@ -214,12 +212,13 @@ def test_signals_of_a_real_process(tmp_path):
         wait_for(path, 150, one)
         one.send_signal(signal.SIGTERM)
         one.communicate(timeout=60)
-    for path in folder.glob("history/toy/*.npz"):
-        twin = tmp_path / "toy_study" / "whole" / "history" / "toy" / path.name
-        if twin.exists():
-            with np.load(path) as a, np.load(twin) as b:
-                for name in set(a.files) - {"seconds"}:
-                    np.testing.assert_array_equal(a[name], b[name])
+    twins = tmp_path / "toy_study" / "whole" / "history" / "toy"
+    both = [path for path in folder.glob("history/toy/*.npz") if (twins / path.name).exists()]
+    assert len(both) >= 140
+    for path in both:
+        with np.load(path) as a, np.load(twins / path.name) as b:
+            for name in set(a.files) - {"seconds"}:
+                np.testing.assert_array_equal(a[name], b[name])
     whole = load_results(RunFolderView(tmp_path / "toy_study" / "whole"), "toy", ("plain", "lazy"))
     assert whole.train["plain"]["reward"].shape[1] >= 149 * 4
 
@@ -251,7 +250,55 @@ def test_a_watcher_ends_a_run_early(tmp_path):
     assert results.train["plain"]["reward"].shape == (4, 4)
 
 
+def test_a_finished_run_without_checkpoints_keeps_its_history(tmp_path):
+    (whole, _), folder = train(tmp_path, "done")
+    shutil.rmtree(folder.path / "checkpoints")
+    stamps = [path.stat().st_mtime_ns for path in folder.history("toy")]
+    (again, state), _ = train(tmp_path, "done")
+    assert state is None
+    same(whole, again)
+    assert [path.stat().st_mtime_ns for path in folder.history("toy")] == stamps
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_gap_in_the_history_is_named(tmp_path, damage):
+    _, folder = train(tmp_path, "done")
+    path = folder.history("toy")[3]
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"history: expected .*0000000[68].npz is (missing|damaged)"):
+        train(tmp_path, "done")
+
+
+def test_chunks_that_do_not_divide_the_updates_are_refused(tmp_path):
+    with pytest.raises(UserError, match="updates: expected a multiple of the 2 updates of a chunk, got 13 to do"):
+        train(tmp_path, "odd", updates=13)
+
+
+def test_reserved_names_of_metrics_are_refused():
+    with pytest.raises(UserError, match=r"metrics: expected names besides .*, got seed"):
+        loop.check_metrics({"seed": np.zeros((1, 1, 2))}, {}, 2)
+
+
+def test_a_signal_in_the_last_chunk_stops_too(tmp_path, capsys):
+    config = toy.Config(runs=str(tmp_path), name="last")
+    build = toy.build(config)
+    folder = RunFolder("toy_study", config, {"toy": config})
+
+    def watch(update, train, held_out):
+        if update == config.updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    with pytest.raises(SystemExit) as stop:
+        run(vectorize(build.train, build.rows, SEEDS), "toy", config.updates, folder, config, watch=watch)
+    assert stop.value.code == 130
+    assert "stopped after update 12 of 12" in capsys.readouterr().err
+    assert (folder.path / "checkpoints" / "toy" / "12").exists()
+
+
 def test_numbers_keep_their_kind():
     numbers = loop.stack({"a": (1, 2.0), "b": (3, 4)})
     assert [x.dtype for x in numbers] == [np.int32, np.float32]
-    assert dataclasses.is_dataclass(toy.Config())

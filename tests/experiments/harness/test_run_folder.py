@@ -26,8 +26,8 @@ def open_folder(tmp_path, study="study", name="one", resume=False, **config):
 
 def test_a_new_run(tmp_path):
     folder = open_folder(tmp_path)
-    folder.log(update=1, reward=np.float32(0.5), broken=float("nan"))
-    folder.log(update=2, reward=np.float32(0.75))
+    folder.log({"update": 1, "reward": np.float32(0.5), "broken": float("nan")})
+    folder.log({"update": 2, "reward": np.float32(0.75)})
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"update": 1, "reward": 0.5, "broken": None}, {"update": 2, "reward": 0.75}]
     assert folder.read_json("config.json")["label"]["lr"] == 0.1
@@ -85,7 +85,7 @@ def test_what_is_after_an_update_is_forgotten(tmp_path):
     folder = open_folder(tmp_path)
     for label in ("a", "b"):
         for update in (0, 2, 4):
-            folder.log(label=label, update=update)
+            folder.log({"label": label, "update": update})
             folder.save_history(label, update, {"x": np.arange(update)})
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"label": "b", "upd')  # cut by a full disk
@@ -124,7 +124,7 @@ def test_killed_at_random_moments(tmp_path):
         print("ready", flush=True)
         for i in range(10**9):
             folder.write_json("results.json", list(range(2000)))
-            folder.log(label="a", update=i, values=list(range(500)))
+            folder.log({"label": "a", "update": i, "values": list(range(500))})
             folder.save_history("a", i % 7, {"x": np.arange(1000)})
     """)
     rng = np.random.default_rng(0)

@@ -51,6 +51,31 @@ def test_wrong_sinks_cost_nothing(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--mesh", "foo"], "mesh: expected a form like"),
+        (["--mesh", "data=3"], "mesh: expected a number of devices that divides 4 seeds or 2 rows, got 3"),
+        (["--seed", "3000000000"], "seed: expected 0 to 2147483648 less the number of seeds, got 3000000000"),
+        (["--looks", "0"], "looks: expected at least 1, got 0"),
+    ],
+)
+def test_what_cannot_run_costs_nothing(tmp_path, capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        study.main(toy.STUDY, ["--runs", str(tmp_path), *argv])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_looks_widen_the_verdict(tmp_path):
+    effects = {}
+    for looks in ("1", "2"):
+        study.main(toy.STUDY, ["--runs", str(tmp_path), "--name", looks, "--seeds", "8", "--looks", looks])
+        (effects[looks],) = json.loads((tmp_path / "toy_study" / looks / "results.json").read_text())["toy"]["claims"]
+    assert effects["2"]["low"] < effects["1"]["low"] and effects["2"]["looks"] == 2
+
+
 def test_one_seed_has_no_verdicts(tmp_path):
     study.main(toy.STUDY, ["--runs", str(tmp_path), "--name", "one", "--seeds", "1"])
     results = json.loads((tmp_path / "toy_study" / "one" / "results.json").read_text())["toy"]

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -109,19 +111,19 @@ def test_what_a_study_calls_traced_leaves_its_program_alone():
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Two by two points in one program, and in parts of one."""
+    """Three points in one program, and in parts of two, the last of which is filled up."""
     root = tmp_path_factory.mktemp("swept")
     config = toy.Config(runs=str(root), width=1000, mesh="data=1")
-    points = sweep.points_of({"toy": config}, sweep.parse_grid(["lr=0.1,0.2", "noise=0.05,0.1"], config))
-    for name, memory in (("whole", 0.0), ("parts", needed(points) * 1.5 / 2**30)):
+    points = sweep.points_of({"toy": config}, sweep.parse_grid(["lr=0.1,0.2,0.3", "noise=0.05"], config))
+    for name, memory in (("whole", 0.0), ("parts", needed(points[:2]) * 1.1 / 2**30)):
         RunFolder("toy_study", dataclasses.replace(config, name=name), {}).close()
         sweep.train_points(toy.STUDY, points, root / "toy_study" / name, memory)
     return root / "toy_study", points
 
 
 def needed(points):
-    program = sweep.program_of(points[:1], {points[0].name: toy.build(points[0].config)}, points[0].config)
-    return sweep.bytes_of(sweep.compiled(program, points[0].config)[0])
+    program = sweep.program_of(points, {point.name: toy.build(point.config) for point in points}, points[0].config)
+    return max(map(sweep.bytes_of, sweep.compiled(program, points[0].config)))
 
 
 def test_a_point_equals_its_own_run(swept, tmp_path):
@@ -139,10 +141,11 @@ def test_a_point_equals_its_own_run(swept, tmp_path):
 def test_parts_that_fit_the_memory_give_the_same(swept):
     folder, points = swept
     assert len(list((folder / "whole").glob("programs/*/history/*"))) == 1
-    assert len(list((folder / "parts").glob("programs/*/history/*"))) == 4
+    assert len(list((folder / "parts").glob("programs/*/history/*"))) == 2
     for point in points:
         whole, part = (sweep.outcome(folder / name, point) for name in ("whole", "parts"))
         np.testing.assert_allclose(whole["held_out"]["lazy"]["reward"], part["held_out"]["lazy"]["reward"], rtol=1e-5)
+        assert set(part["rows"]) == {"plain", "lazy"}
 
 
 def test_a_point_that_fits_nowhere(swept, tmp_path):
@@ -157,19 +160,78 @@ def test_a_point_that_fits_nowhere(swept, tmp_path):
 
 
 def test_finished_points_do_not_run_again_and_failed_ones_do(tmp_path):
-    config = toy.Config(runs=str(tmp_path), fail_at=0.2)
+    config = toy.Config(runs=str(tmp_path))
     points = sweep.points_of({"toy": config}, sweep.parse_grid(["lr=0.1,0.2,0.3"], config))
     folder = tmp_path / "toy_study" / "s"
     folder.mkdir(parents=True)
-    sweep.train_points(toy.STUDY, points, folder)
+
+    def build(config):
+        if config.lr == 0.2:
+            raise ValueError("a file is missing")
+        return toy.build(config)
+
+    sweep.train_points(toy.STUDY._replace(build=build), points, folder)
     assert [sweep.finished(folder, point) for point in points] == [True, False, True]
-    assert "told to fail" in sweep.outcome(folder, points[1])["error"]
+    assert "a file is missing" in sweep.outcome(folder, points[1])["error"]
     stamps = {point.name: sweep.point_path(folder, point).stat().st_mtime_ns for point in points}
-    mended = [point._replace(config=dataclasses.replace(point.config, fail_at=-1.0)) for point in points]
-    sweep.train_points(toy.STUDY, mended, folder)
+    sweep.train_points(toy.STUDY, points, folder)  # the file is there again
     again = {point.name: sweep.point_path(folder, point).stat().st_mtime_ns for point in points}
     assert [again[p.name] != stamps[p.name] for p in points] == [False, True, False]
     assert all(sweep.finished(folder, point) for point in points)
+
+
+def test_an_interrupted_part_goes_on(tmp_path, monkeypatch):
+    """The first part is done, the second one stopped halfway: it goes on from its checkpoint, not from the start."""
+    config = toy.Config(runs=str(tmp_path), width=1000, mesh="data=1", save_every=0.0)
+    points = sweep.points_of({"toy": config}, sweep.parse_grid(["lr=0.1,0.2,0.3,0.4"], config))
+    folder = tmp_path / "toy_study" / "s"
+    RunFolder("toy_study", dataclasses.replace(config, name="s"), {}).close()
+    memory = needed(points[:2]) * 1.1 / 2**30
+    real, calls = sweep.run, []
+
+    def stopped(program, label, *arguments, **options):
+        calls.append(label)
+        if len(calls) == 2:
+            options["watch"] = lambda update, train, held_out: (
+                os.kill(os.getpid(), signal.SIGTERM) if update == 6 else 0
+            )
+        return real(program, label, *arguments, **options)
+
+    monkeypatch.setattr(sweep, "run", stopped)
+    with pytest.raises(SystemExit):
+        sweep.train_points(toy.STUDY, points, folder, memory)
+    assert [sweep.finished(folder, point) for point in points] == [True, True, False, False]
+    (early,) = folder.glob(f"programs/*/history/{calls[1]}/00000004.npz")
+    before = early.stat().st_mtime_ns
+    sweep.train_points(toy.STUDY, points, folder, memory)
+    assert all(sweep.finished(folder, point) for point in points)
+    assert early.stat().st_mtime_ns == before
+    assert calls == [calls[0], calls[1], calls[1]]
+
+
+def test_an_error_befalls_its_own_point(tmp_path):
+    def column(results, row):
+        values = results.held_out[row]["reward"][:, -1]
+        if not np.isfinite(values).all():
+            raise ValueError("no number")
+        return values
+
+    study = toy.STUDY._replace(columns={"reward": column})
+    config = toy.Config(runs=str(tmp_path), updates=100, chunk=50)
+    points = sweep.points_of({"toy": config}, sweep.parse_grid(["lr=0.1,50,0.2"], config))
+    folder = tmp_path / "toy_study" / "s"
+    folder.mkdir(parents=True)
+    sweep.train_points(study, points, folder)
+    assert [sweep.finished(folder, point) for point in points] == [True, False, True]
+    assert "no number" in sweep.outcome(folder, points[1])["error"]
+
+
+def test_a_damaged_point_runs_again(swept, tmp_path):
+    _, points = swept
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / "0000.json").write_text('{"values"')
+    assert not sweep.finished(tmp_path, points[0])
+    assert "it is damaged" in sweep.outcome(tmp_path, points[0])["error"]
 
 
 def test_outcomes_are_whole_json(swept):
