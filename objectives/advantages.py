@@ -146,15 +146,18 @@ def discounted_returns(reward, mask, discount=1.0):
       ValueError: different shapes.
     """
     _check_tokens(reward, mask)
-    reward = accurate(reward)
+    own = jnp.asarray(mask) != 0
+    # Where the mask is zero, the step is the identity.
+    pays, keeps = jnp.where(own, accurate(reward), 0.0), jnp.where(own, discount, 1.0)
 
     def step(later, column):
-        r, own = column
-        here = jnp.where(own, r + discount * later, later)
+        pay, keep = column
+        here = pay + keep * later
         return here, here
 
-    zeros = jnp.zeros(reward.shape[0], jnp.result_type(reward, discount))
-    _, returns = jax.lax.scan(step, zeros, (reward.T, jnp.asarray(mask).T != 0), reverse=True)
+    dtype = jnp.result_type(pays, keeps)
+    columns = (pays.T.astype(dtype), keeps.T.astype(dtype))
+    _, returns = jax.lax.scan(step, jnp.zeros(own.shape[0], dtype), columns, reverse=True)
     return masked(returns.T, mask)
 
 

@@ -92,5 +92,7 @@ def aggregate(loss, mask, mode, *, norm=None):
         raise ValueError(f"loss and mask must have one shape [B, T], got {loss.shape} and {mask.shape}")
     rows = masked(loss, mask).sum(axis=1)
     if mode == "seq_mean_token_mean":
-        rows = ratio_or_zero(rows, mask.astype(rows.dtype).sum(axis=1))
+        tokens = mask.astype(rows.dtype).sum(axis=1)
+        rows = ratio_or_zero(rows, tokens)
+        norm = (tokens != 0).sum().astype(rows.dtype) if norm is None else norm  # `denominator`, without a second pass
     return ratio_or_zero(rows.sum(), denominator(mask, mode) if norm is None else jnp.asarray(norm))
