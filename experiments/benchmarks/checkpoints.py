@@ -34,9 +34,9 @@ class Config:
     """Interleaved repeats of saving and of restoring."""
     runs: int = 3
     """Interleaved repeats of training."""
-    updates: int = 240
+    updates: int = 120
     """Of a run."""
-    seeds: int = 64
+    seeds: int = 16
     """Of a run."""
     save_every: float = 2.0
     """Seconds between the checkpoints of a run, at least; the default of a study is 60."""

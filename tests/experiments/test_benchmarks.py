@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from rollax.experiments import bandpo, ppo_cartpole
-from rollax.experiments.benchmarks import band_bounds, env_steps, generation, objectives, peer, ppo, timing
+from rollax.experiments.benchmarks import (
+    band_bounds,
+    checkpoints,
+    env_steps,
+    generation,
+    objectives,
+    peer,
+    ppo,
+    sweep_speed,
+    timing,
+)
 
 TINY_LLAMA = Path(__file__).parents[1] / "golden" / "hf_tiny" / "llama"
 
@@ -123,3 +133,18 @@ def test_an_interpreter_that_has_the_modules_is_taken_as_it_is():
     assert peer.interpreter(peer.Peer("none", ("json",), ()), sys.executable) == sys.executable
     with pytest.raises(ValueError, match="python: expected an interpreter, got 'no-such-python'"):
         peer.interpreter(peer.Peer("none", ("json",), ()), "no-such-python")
+
+
+def test_checkpoints(tmp_path):
+    out = tmp_path / "out.json"
+    tiny = ["--megabytes", "2", "--repeats", "1", "--runs", "1", "--updates", "6", "--seeds", "2", "--save-every", "0"]
+    checkpoints.main([*tiny, "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"].split(",")[0] for row in rows] == ["save", "restore", "training"]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_one_program_of_a_sweep_against_single_ones(tmp_path):
+    config = sweep_speed.Config(deltas=("0.05",), lrs=("0.1", "0.2"), seeds=2, updates=2, repeats=1)
+    row = sweep_speed.programs(config)
+    assert row.work == 4 and row.as_dict()["ratio"] > 0
