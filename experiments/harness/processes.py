@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import jax
 from jax._src.xla_bridge import backends_are_initialized  # nothing public tells
 
+LOSING = ("Gloo", "oordination", "UNAVAILABLE", "DEADLINE_EXCEEDED", "eartbeat")  # in errors that a lost process makes
 LOST = "error: this process or another one of the run was lost; --resume goes on from the last checkpoint"
 
 
@@ -107,7 +108,7 @@ def failing_together() -> Iterator[None]:
         code = error.code if isinstance(error, SystemExit) else 1
         if not code or not jax.distributed.is_initialized():
             raise
-        lost = isinstance(error, jax.errors.JaxRuntimeError | OSError) and "Gloo" in str(error)
+        lost = isinstance(error, Exception) and any(word in str(error) for word in LOSING)
         if not lost:  # else the witness says it
             at_death("")
             if isinstance(error, OSError):

@@ -361,7 +361,7 @@ def test_a_lost_process_ends_the_run_which_then_resumes(tmp_path, whole, lost):
     assert time.monotonic() - begun < 20
     assert codes[lost] == -signal.SIGKILL
     assert codes[1 - lost] not in (0, -signal.SIGKILL)
-    assert err[1 - lost].strip().splitlines()[-1] == processes.LOST
+    assert processes.LOST in err[1 - lost].splitlines()  # JAX may print its stack beside it
     done = saved_chunks(tmp_path, "cut")
     assert 6 <= done < UPDATES // 2
     if lost == 1:  # the second try is stopped in time, by a signal that only the second process gets
