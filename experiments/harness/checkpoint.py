@@ -133,8 +133,3 @@ def fingerprint(state: Any) -> jax.Array:
     for leaf in jax.tree.leaves(state):
         total = total * jnp.uint32(1000003) + of_leaf(leaf)
     return total
-
-
-def shapes_of(state: Any) -> Any:
-    """`ShapeDtypeStruct`s of a tree of arrays, with their shardings."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
