@@ -11,7 +11,7 @@ def handlers() -> dict:
     import rejax
     from rejax.evaluate import evaluate
 
-    from rollax.experiments.benchmarks.ppo import seed_keys
+    from rollax.experiments.benchmarks.ppo import COMPILES, seed_keys
     from rollax.experiments.benchmarks.timing import compile_timed, seconds_of
 
     case = {}
@@ -38,7 +38,8 @@ def handlers() -> dict:
         )
         algorithm = algorithm.replace(eval_callback=lambda algorithm, state, rng: ())  # training alone is timed
         keys = seed_keys(seeds)
-        compiled, seconds = compile_timed(jax.vmap(lambda key: algorithm.train(rng=key)[0]), keys)
+        whole = jax.vmap(lambda key: algorithm.train(rng=key)[0])
+        compiled, seconds = compile_timed(whole, keys, repeats=COMPILES)
 
         def evaluation(state, key):
             def act(observation, rng):

@@ -1,9 +1,8 @@
 """A run of several processes (hosts): they start together by `jax.distributed`, and fail together.
 
 All run the same program; arrays span them, and only the first writes files, to a disk that all of them see. Start each
-with JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or all with `srun`; a Ray
-worker sets the three from its rank before it calls a study's `main`. When a process is lost the others end too, and
-`--resume` goes on, with any number of processes.
+with JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID, all with `srun`, or on Ray
+with `on_ray.py`. When a process is lost the others end too, and `--resume` goes on, with any number of processes.
 """
 
 import atexit

@@ -18,7 +18,7 @@ import pytest
 
 from rollax.agents import TransformerConfig, named_shardings, state_shardings, transformer
 from rollax.experiments import bandpo, ppo_cartpole
-from rollax.experiments.harness import devices, processes
+from rollax.experiments.harness import devices, on_ray, processes
 from rollax.experiments.harness.command_line import Options
 from rollax.experiments.harness.loop import Train, load_results, run, single, vectorize
 from rollax.experiments.harness.run_folder import RunFolder
@@ -341,10 +341,38 @@ def test_two_processes_are_one_run(tmp_path):
     assert "12/12" in out[0] and "12/12" not in out[1]
     folder = tmp_path / "toy_study" / "two"
     assert (folder / "report.html").exists() and (folder / "checkpoints" / "toy" / "12").exists()
+    assert_as_one_process(tmp_path, "two")
+
+
+def assert_as_one_process(tmp_path, name):
     one, _ = train(tmp_path, toy, toy.Config(), name="one", mesh="data=4")
-    with contextlib.closing(RunFolder("toy_study", toy.Config(runs=str(tmp_path), name="two", resume=True),
+    with contextlib.closing(RunFolder("toy_study", toy.Config(runs=str(tmp_path), name=name, resume=True),
                                       {"toy": toy.Config()})) as two:  # fmt: skip
         assert_close(one, load_results(two, "toy", one.train))
+
+
+@eight
+@pytest.mark.timeout(3 * SECONDS)
+def test_ray_starts_the_processes_of_a_run(tmp_path, monkeypatch):
+    """An embedded cluster of two workers: the results are those of one process, and an error is each worker's line."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    command = [sys.executable, "-c", PROGRAM, "--runs", str(tmp_path), "--chunk", "2", "--name"]
+    ended = on_ray.run_on_ray([*command, "ray"], on_ray.Config(processes=2))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "12/12" in ended[0][1] and "12/12" not in ended[1][1]
+    assert_as_one_process(tmp_path, "ray")
+
+
+def test_ray_is_told_what_to_start(capsys):
+    for argv, message in (
+        (["--processes", "0", "study.py"], "processes: expected at least 1, got 0"),
+        (["--gpus", "1"], "study: expected a file and its arguments behind the options"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            on_ray.main(argv)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @eight
