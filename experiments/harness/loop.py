@@ -56,6 +56,7 @@ class Program(NamedTuple):
       evaluate: `evaluate(state, numbers) -> metrics [rows, seeds]`.
       numbers: what differs between rows, leaves `[rows]`.
       seeds: how many.
+      first: `first(state, row)`, the state of the row's first seed.
     """
 
     rows: tuple[str, ...]
@@ -65,6 +66,7 @@ class Program(NamedTuple):
     evaluate: Callable
     numbers: Any
     seeds: int
+    first: Callable[[Any, str], Any]
 
 
 def stack(rows: dict[str, Any]) -> Any:
@@ -73,16 +75,20 @@ def stack(rows: dict[str, Any]) -> Any:
                         *rows.values())  # fmt: skip
 
 
-def vectorize(train: Train, rows: dict[str, Any], seeds: Sequence[int], mesh: str = "") -> Program:
+def vectorize(train: Train | dict[str, Train], rows: dict[str, Any], seeds: Sequence[int], mesh: str = "") -> Program:
     """Every row with every seed in one program: `vmap` over rows of `vmap` over seeds, spread over devices.
 
     A seed starts alike in every row (one start, one stream of keys), so rows are compared at equal seeds; starts are
     computed once per seed.
 
     Args:
+      train: one for all rows, or one for each row by its name, as different networks need; they then stand beside one
+        another in the program and give the same metrics.
       rows: `{name: numbers}`, the numbers of `train.advance` as Python numbers.
       mesh: see `devices.runs_mesh`.
     """
+    if isinstance(train, dict):
+        return beside([vectorize(train[row], {row: numbers}, seeds, mesh) for row, numbers in rows.items()])
     mesh, axis = devices.runs_mesh(mesh, len(rows), len(seeds))
     split = (PartitionSpec("runs"), PartitionSpec(None, "runs"))[axis]
     place = NamedSharding(mesh, split)
@@ -103,7 +109,45 @@ def vectorize(train: Train, rows: dict[str, Any], seeds: Sequence[int], mesh: st
     )
     init = jax.jit(starts, out_shardings=place)
     return Program(
-        tuple(rows), shapes, lambda: init(seeds), spread(train.advance), spread(train.evaluate), stack(rows), len(seeds)
+        tuple(rows),
+        shapes,
+        lambda: init(seeds),
+        spread(train.advance),
+        spread(train.evaluate),
+        stack(rows),
+        len(seeds),
+        lambda state, row: jax.tree.map(lambda x: x[list(rows).index(row), 0], state),
+    )
+
+
+def beside(programs: Sequence[Program]) -> Program:
+    """Programs with a row each as one program: their states in a list, their metrics joined over rows."""
+
+    def join(metrics):
+        names = [set(m) for m in metrics]
+        if any(n != names[0] for n in names):
+            raise ValueError(f"metrics: expected the same names in every row, got {sorted(set.union(*names))}")
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *metrics)
+
+    def advance(states, numbers):
+        states, metrics = zip(
+            *(p.advance(s, n) for p, s, n in zip(programs, states, numbers, strict=True)), strict=True
+        )
+        return list(states), join(metrics)
+
+    def evaluate(states, numbers):
+        return join([p.evaluate(s, n) for p, s, n in zip(programs, states, numbers, strict=True)])
+
+    rows = [row for p in programs for row in p.rows]
+    return Program(
+        tuple(rows),
+        [p.state for p in programs],
+        lambda: [p.init() for p in programs],
+        advance,
+        evaluate,
+        [p.numbers for p in programs],
+        programs[0].seeds,
+        lambda states, row: programs[rows.index(row)].first(states[rows.index(row)], row),
     )
 
 
@@ -125,7 +169,8 @@ def single(train: Train, row: str, numbers: Any, seed: int, state: Any) -> Progr
     def evaluate(state, numbers):
         return lift(train.evaluate(state, numbers))
 
-    return Program((row,), state, lambda: train.init(jax.random.key(seed)), advance, evaluate, numbers, 1)
+    first = lambda state, row: state  # noqa: E731
+    return Program((row,), state, lambda: train.init(jax.random.key(seed)), advance, evaluate, numbers, 1, first)
 
 
 class Results(NamedTuple):

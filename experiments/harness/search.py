@@ -16,7 +16,7 @@ import numpy as np
 from rollax.experiments.harness.command_line import Options
 from rollax.experiments.harness.loop import compiled, run, vectorize
 from rollax.experiments.harness.run_folder import RunFolder
-from rollax.experiments.harness.study import Study
+from rollax.experiments.harness.study import Study, train_of
 from rollax.experiments.harness.sweep import Point, program_key, summary, with_values, write_error, write_outcome
 
 
@@ -99,8 +99,8 @@ def resolve(study: Study, config: Any, metric: str, row: str) -> tuple[str, str]
     row = row or next(iter(build.rows))
     if row not in build.rows:
         raise ValueError(f"row: expected one of {', '.join(build.rows)}, got {row!r}")
-    state = jax.eval_shape(build.train.init, jax.random.key(0))
-    held_out = jax.eval_shape(build.train.evaluate, state, build.rows[row])
+    train = train_of(build, row)
+    held_out = jax.eval_shape(train.evaluate, jax.eval_shape(train.init, jax.random.key(0)), build.rows[row])
     metric = metric or next(iter(held_out))
     if metric not in held_out:
         raise ValueError(f"metric: expected one of {', '.join(held_out)}, got {metric!r}")

@@ -39,7 +39,7 @@ class Build(NamedTuple):
     """A configuration made ready to train.
 
     Attributes:
-      train: the functions of one run.
+      train: the functions of one run, or of one run of each row (`loop.vectorize`).
       rows: what runs: `{name: numbers}`, Python numbers, the second argument of `train.advance`.
       episodes: `episodes(state_of) -> [Episode]`, a few to look at, from `state_of(row)`, the last state of the
         row's first seed.
@@ -47,10 +47,14 @@ class Build(NamedTuple):
         other. None for small runs, which all go into one program.
     """
 
-    train: Train
+    train: Train | dict[str, Train]
     rows: dict[str, Any]
     episodes: Callable[[Callable[[str], Any]], Sequence[Episode]] | None = None
     state: Any = None
+
+
+def train_of(build: Build, row: str) -> Train:
+    return build.train[row] if isinstance(build.train, dict) else build.train
 
 
 class Study(NamedTuple):
@@ -142,7 +146,7 @@ def train(
         results, state = run(program, label, config.updates, folder, config, sink=sink)
         if state is None:
             return results, None
-        return results, lambda row: jax.tree.map(lambda x: x[program.rows.index(row), 0], state)
+        return results, lambda row: program.first(state, row)
     parts, states, executables = [], {}, None
     for row, numbers in build.rows.items():
         for seed in seeds:

@@ -23,7 +23,7 @@ from rollax.experiments.harness.claims import judge_all
 from rollax.experiments.harness.command_line import Options, UserError
 from rollax.experiments.harness.loop import Program, Results, compiled, run, vectorize
 from rollax.experiments.harness.run_folder import RunFolder, plain
-from rollax.experiments.harness.study import Build, Study, rates_of, train
+from rollax.experiments.harness.study import Build, Study, rates_of, train, train_of
 
 MEMORY_SHARE = 0.8  # of what is free, for the programs of a sweep
 
@@ -261,12 +261,13 @@ def parts_of(points: Sequence[Point], builds: dict[str, Build], limit: float, fo
 
 
 def program_of(points: Sequence[Point], builds: dict[str, Build], config: Any) -> Program:
-    rows = {}
+    rows, trains = {}, {}
     for index, point in enumerate(points):
-        name = point.name if points.index(point) == index else f"{point.name} again, {index}"
-        rows |= {f"{name}:{row}": numbers for row, numbers in builds[point.name].rows.items()}
-    seeds = range(config.seed, config.seed + config.seeds)
-    return vectorize(builds[points[0].name].train, rows, seeds, config.mesh)
+        name, build = point.name if points.index(point) == index else f"{point.name} again, {index}", builds[point.name]
+        rows |= {f"{name}:{row}": numbers for row, numbers in build.rows.items()}
+        trains |= {f"{name}:{row}": train_of(build, row) for row in build.rows}
+    train = trains if isinstance(build.train, dict) else build.train
+    return vectorize(train, rows, range(config.seed, config.seed + config.seeds), config.mesh)
 
 
 def bytes_of(executable: Any) -> int:

@@ -96,6 +96,40 @@ def test_rows_and_seeds_equal_single_runs(tmp_path):
         np.testing.assert_allclose(last.place, state.place[index, 2], rtol=1e-5)
 
 
+def rows_of_two_widths(**renamed):
+    """(trains, rows): the toy in 3 and in 5 dimensions, without its metric of that shape; metrics may be renamed."""
+    trains, rows = {}, {}
+    for row, width in (("narrow", 3), ("wide", 5)):
+        build, name = toy.build(toy.Config(width=width)), renamed.get(row, "reward")
+
+        def advance(state, numbers, build=build, name=name):
+            state, metrics = build.train.advance(state, numbers)
+            return state, {name: metrics["reward"]}
+
+        trains[row], rows[row] = build.train._replace(advance=advance), build.rows["plain"]
+    return trains, rows
+
+
+def test_rows_of_different_programs(tmp_path):
+    """Each row is what it is alone, also when the run crashed and was resumed."""
+    trains, rows = rows_of_two_widths()
+    program = vectorize(trains, rows, SEEDS)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, "both", program=program, stop_at=6)
+    (both, state), _ = train(tmp_path, "both", program=program)
+    for row, width in (("narrow", 3), ("wide", 5)):
+        (alone, last), _ = train(tmp_path, row, program=vectorize(trains[row], {row: rows[row]}, SEEDS))
+        same(alone, Results({row: both.train[row]}, {row: both.held_out[row]}, both.evaluated_at, {}))
+        assert program.first(state, row).place.shape == (width,)
+        np.testing.assert_array_equal(program.first(state, row).place, last.place[0, 0])
+
+
+def test_rows_of_different_programs_have_one_set_of_metrics(tmp_path):
+    trains, rows = rows_of_two_widths(wide="loss")
+    with pytest.raises(ValueError, match=r"metrics: expected the same names in every row, got \['loss', 'reward'\]"):
+        train(tmp_path, "both", program=vectorize(trains, rows, SEEDS))
+
+
 def test_a_crash_loses_nothing_and_changes_nothing(tmp_path):
     (whole, state), _ = train(tmp_path, "whole")
     for stop in (4, 6, 10):
