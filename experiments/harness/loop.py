@@ -322,7 +322,7 @@ def load_results(folder: RunFolder, label: str, rows: Sequence[str], compile_sec
                 parts.append({name: saved[name] for name in saved.files})
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"history: expected an NPZ file, {path} is damaged ({error})") from None
-        update, steps = int(path.stem), next((x.shape[2] for x in parts[-1].values() if x.ndim > 2), 0)
+        update, steps = int(path.stem), next((x.shape[2] for n, x in parts[-1].items() if n.startswith("train/")), 0)
         if update - before != steps:
             raise UserError(f"history: expected every part, the one before {path} is missing")
         before = update
