@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from rollax.kernels.linear_log_prob import linear_log_prob
+from rollax.kernels.linear_log_prob import api, linear_log_prob
 
 B, T, D, V = 3, 7, 16, 50
 
@@ -26,7 +26,7 @@ def loss(hidden, head, targets, temperature, **how):
 
 
 value_and_grad = jax.jit(
-    jax.value_and_grad(loss, argnums=(0, 1, 3), has_aux=True), static_argnames=("chunk", "implementation")
+    jax.value_and_grad(loss, argnums=(0, 1, 3), has_aux=True), static_argnames=("chunk", "columns", "implementation")
 )
 
 
@@ -40,11 +40,14 @@ def test_reference_is_the_definition(inputs):
     np.testing.assert_allclose(entropy, -(np.exp(log_probs) * log_probs).sum(-1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 21, 100, None])
-def test_chunks_equal_reference(inputs, chunk):
+@pytest.mark.parametrize(
+    ("chunk", "columns"),
+    [(1, None), (4, None), (21, None), (100, None), (None, None), (4, 17), (None, 25), (21, 50), (5, 1)],
+)
+def test_tiles_equal_reference(inputs, chunk, columns):
     hidden, head, targets = inputs
     expected = value_and_grad(hidden, head, targets, 0.7, implementation="reference")
-    actual = value_and_grad(hidden, head, targets, 0.7, chunk=chunk)
+    actual = value_and_grad(hidden, head, targets, 0.7, chunk=chunk, columns=columns)
     (_, aux), gradients = actual
     (_, expected_aux), expected_gradients = expected
     for a, b in zip((*aux, *gradients[:2]), (*expected_aux, *expected_gradients[:2]), strict=True):
@@ -56,9 +59,20 @@ def test_gradients_are_finite_differences(inputs):
     hidden, head, targets = inputs
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), "float64") for x in (hidden[:1, :3], head, 0.7)]
-        f = lambda h, w, t: linear_log_prob(h, w, targets[:1, :3], temperature=t, chunk=2)  # noqa: E731
+        f = lambda h, w, t: linear_log_prob(h, w, targets[:1, :3], temperature=t, chunk=2, columns=24)  # noqa: E731
         assert f(*wide)[0].dtype == jnp.float64
         check_grads(f, wide, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+def test_logits_far_from_zero_lose_nothing(inputs):
+    """Every logit moved by 1000: sums over blocks of columns must not subtract large numbers from each other."""
+    hidden, head, targets = inputs
+    moved = jnp.concatenate([hidden, jnp.full((B, T, 1), 1000.0)], axis=-1)
+    for columns in (17, 50):
+        plain = linear_log_prob(hidden, head, targets, columns=columns)
+        far = linear_log_prob(moved, jnp.concatenate([head, jnp.ones((1, V))]), targets, columns=columns)
+        for a, b in zip(far, plain, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # the logits themselves are rounded to 6e-5
 
 
 def test_bfloat16_accumulates_in_float32(inputs):
@@ -86,27 +100,44 @@ def sizes_in(jaxpr):
                 yield from sizes_in(inner)
 
 
-def test_no_array_holds_all_logits():
-    tokens, width, vocab, chunk = 1024, 8, 512, 64
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((4, 256, width), "float32"), ((width, vocab), "float32"))]
+@pytest.mark.parametrize("tile", [{"chunk": 64}, {"columns": 64}, {"chunk": 128, "columns": 128}])
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_no_pass_holds_all_logits(step, tile):
+    """Neither in the program as traced nor, by its memory analysis, as compiled."""
+    tokens, width, vocab = 1024, 8, 1024
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((4, 256, width), (width, vocab))]
     targets = jax.ShapeDtypeStruct((4, 256), "int32")
 
-    def gradient(implementation):
-        f = lambda h, w, t: sum(  # noqa: E731
-            x.sum() for x in linear_log_prob(h, w, t, chunk=chunk, implementation=implementation)
-        )
-        return jax.grad(f, argnums=(0, 1))
+    def program(implementation):
+        def f(h, w, t):
+            return sum(x.sum() for x in linear_log_prob(h, w, t, implementation=implementation, **tile))
 
-    largest = {
-        name: max(sizes_in(jax.make_jaxpr(gradient(name))(*shapes, targets).jaxpr)) for name in ("reference", "xla")
-    }
+        return f if step == "forward" else jax.grad(f, argnums=(0, 1))
+
+    largest, temporary = {}, {}
+    for name in ("reference", "xla"):
+        largest[name] = max(sizes_in(jax.make_jaxpr(program(name))(*shapes, targets).jaxpr))
+        compiled = jax.jit(program(name)).lower(*shapes, targets).compile()
+        temporary[name] = compiled.memory_analysis().temp_size_in_bytes
+    logits = tile.get("chunk", tokens) * tile.get("columns", vocab)
     assert largest["reference"] >= tokens * vocab
-    assert largest["xla"] <= chunk * vocab
-    temporary = {
-        name: jax.jit(gradient(name)).lower(*shapes, targets).compile().memory_analysis().temp_size_in_bytes
-        for name in ("reference", "xla")
-    }
+    assert largest["xla"] <= logits
     assert temporary["xla"] < 4 * tokens * vocab / 2 < temporary["reference"]
+
+
+def test_one_device_cuts_the_vocabulary_and_several_do_not(monkeypatch):
+    assert api.tile_of(4096, 151_936, None, None) == (19, 151_936)
+    assert api.tile_of(4096, 151_936, None, 8192) == (1, 8192)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert api.tile_of(4096, 151_936, None, None) == (1, 8192)
+    assert api.tile_of(10_000, 151_936, None, None) == (3, 8192)
+    assert api.tile_of(100, 50_000, None, None) == (1, 50_000)
+    assert api.tile_of(4096, 151_936, 64, None) == (64, 151_936)
+
+
+def test_explain_says_what_runs(inputs, capsys):
+    linear_log_prob(*inputs, explain=True)
+    assert capsys.readouterr().out.startswith("linear_log_prob: xla")
 
 
 def test_vmap_over_models_and_temperatures(inputs):
@@ -133,6 +164,8 @@ def test_padding_targets_are_clipped_not_nan(inputs):
     ("change", "message"),
     [
         ({"implementation": "fast"}, "implementation must be one of .* got 'fast'"),
+        ({"implementation": "interpret"}, "linear_log_prob has no such kernel"),
+        ({"columns": 0}, "columns must be at least 1, got 0"),
         ({"hidden": jnp.zeros((B, T, D + 1))}, r"hidden must be \[..., D\] and head \[D, V\]"),
         ({"targets": jnp.zeros((B, T - 1), int)}, r"targets must have shape \(3, 7\)"),
         ({"targets": jnp.zeros((B, T))}, "targets must be integers, got float32"),

@@ -1,0 +1,456 @@
+"""Compiles every kernel for TPUs and GPUs that are not there, with the compilers that a machine with them would run.
+
+    python -m rollax.kernels.aot                    # all targets, all cases
+    python -m rollax.kernels.aot v5e h100 --match decode
+    python -m rollax.kernels.aot --table            # writes the table of kernels/README.md from the results
+
+`libtpu` and the CUDA plug-in offer devices without hardware ("topologies"): programs are laid out, scheduled and
+assembled for them, memory limits included, and refused as the hardware's compiler would refuse them. It shows nothing
+about numbers or speed. `sh .ci/aot` makes the environment that this needs. Results are lines of JSON in `runs/aot/`.
+
+A target has a process of its own (the two plug-ins do not share one), and a case that kills the compiler is recorded
+and passed over.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "runs" / "aot"
+README = ROOT / "kernels" / "README.md"
+MARKERS = ("<!-- made by `sh .ci/aot`, do not edit: begin -->", "<!-- end -->")
+NO_TARGET = "no target: "  # how a child says that it could not begin
+CASE_SECONDS = 600  # a compiler that takes longer is stopped, and the case fails
+
+# An H100 SXM in the text form of XLA's GpuTargetConfig (public figures of the product).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Target(NamedTuple):
+    """A device to compile for: `platform` "tpu" or "cuda", its topology, and the name of our kernels for it."""
+
+    platform: str
+    topology: str
+    kernel: str
+
+
+TARGETS = {
+    "v4": Target("tpu", "v4:2x2x1", "pallas_tpu"),
+    "v5e": Target("tpu", "v5e:2x2", "pallas_tpu"),
+    "v5p": Target("tpu", "v5p:2x2x1", "pallas_tpu"),
+    "v6e": Target("tpu", "v6e:2x2", "pallas_tpu"),
+    "tpu7x": Target("tpu", "tpu7x:2x2x1", "pallas_tpu"),
+    "h100": Target("cuda", "1x1x1", "pallas_mgpu"),
+}
+
+
+class Case(NamedTuple):
+    """One program to compile.
+
+    Attributes:
+      operator: folder of `kernels/`.
+      variant: what of it, at which shapes.
+      step: "forward", or "backward" for the gradient of a sum of all outputs (its forward pass included).
+      dtype: of the floating-point arguments.
+      build: `build(implementation) -> function`; imports the operator.
+      shapes: of its arguments: a tuple for `dtype`, or a pair of tuple and another dtype.
+      wrt: which arguments the backward pass differentiates.
+      implementation: None for the target's kernel, or a name.
+    """
+
+    operator: str
+    variant: str
+    step: str
+    dtype: str
+    build: Callable[[str], Callable]
+    shapes: tuple
+    wrt: tuple[int, ...]
+    implementation: str | None = None
+
+    @property
+    def name(self) -> str:
+        by = f" ({self.implementation})" if self.implementation else ""
+        return " ".join((self.operator, self.variant + by, self.step, self.dtype))
+
+
+def missing(target: str) -> str | None:
+    """What has to be installed before anything can be compiled for a target; None where all is there."""
+    plug_in = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}[TARGETS[target].platform]
+    return None if importlib.util.find_spec(plug_in) else f"{target} needs {plug_in}: `sh .ci/aot` installs it"
+
+
+def mesh_of(target: str) -> jax.sharding.Mesh:
+    """A mesh of the one device of a target, axis "x"."""
+    from jax.experimental import topologies
+
+    platform, topology, _ = TARGETS[target]
+    name = {"topology": topology, "target_config": H100} if platform == "cuda" else {"topology_name": topology}
+    devices = topologies.get_topology_desc(platform=platform, **name).devices
+    return jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+
+
+def abstract(mesh: jax.sharding.Mesh, shapes: Sequence, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Arguments without data on the mesh's device; see `Case.shapes`."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    pairs = [(s, dtype) if all(isinstance(n, int) for n in s) else s for s in shapes]
+    return tuple(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind in pairs)
+
+
+def program(case: Case, implementation: str) -> Callable:
+    """The function of a case: the operator itself, or the gradient of the sum of its floating-point outputs."""
+    forward = case.build(implementation)
+    if case.step == "forward":
+        return forward
+
+    def total(*args):
+        outputs = jax.tree.leaves(forward(*args))
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in outputs if jnp.issubdtype(x.dtype, jnp.floating))
+
+    return jax.grad(total, case.wrt)
+
+
+def compile_case(case: Case, target: str, mesh: jax.sharding.Mesh) -> dict:
+    """Compiles one case: seconds from tracing to machine code, and what `measured` reads from the program."""
+    function = program(case, case.implementation or TARGETS[target].kernel)
+    begun = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it which generation they are lowered for
+        traced = jax.jit(function).trace(*abstract(mesh, case.shapes, case.dtype))
+        compiled = traced.lower().compile()
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds} | measured(compiled) | {"smem_bytes": prefetched(traced.jaxpr.jaxpr)}
+
+
+def measured(compiled) -> dict:
+    """Bytes that a compiled program asks for: in the device's memory, and (TPU) in VMEM by its largest kernel."""
+    memory, kernels = compiled.memory_analysis(), []
+    for line in compiled.as_text().splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
+            kernels.append(int(used[1]) if used else 0)
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "vmem_bytes": max(kernels, default=None),
+    }
+
+
+def prefetched(jaxpr) -> int | None:
+    """Bytes of the scalars that Pallas TPU kernels keep in SMEM, the most of any kernel in a jaxpr; None: no kernel."""
+    most = None
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call" and (grid := equation.params["grid_mapping"]).num_index_operands:
+            # After the sizes of a grid that is not static come the prefetched scalars.
+            scalars = equation.invars[grid.num_dynamic_grid_bounds :][: grid.num_index_operands]
+            most = max(most or 0, sum(x.aval.size * x.aval.dtype.itemsize for x in scalars))
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns") and equation.primitive.name != "pallas_call":
+                found = prefetched(inner)
+                most = most if found is None else max(most or 0, found)
+    return most
+
+
+def assembled(report: str) -> dict:
+    """Shared memory, registers a thread, spilled bytes: each the most of any Mosaic GPU kernel that was assembled."""
+    most = lambda pattern: max((int(n) for n in re.findall(pattern, report)), default=None)  # noqa: E731
+    return {
+        "smem_bytes": most(r"smem_scratch_bytes=(\d+)"),
+        "registers": most(r"Used (\d+) registers"),
+        "spill_bytes": most(r"(\d+) bytes spill stores"),
+    }
+
+
+def first_line(error: Exception) -> str:
+    """An error as one line of at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def work(target: str, names: Sequence[str], out: Path) -> None:
+    """The child's part: compiles the named cases in this process and appends a line of JSON for each to `out`."""
+    try:
+        mesh = mesh_of(target)
+    except Exception as error:
+        sys.exit(f"{NO_TARGET}{first_line(error)}")
+    # Mosaic GPU prints the resources of each kernel on standard output, from C++: it goes to a file that we read.
+    with tempfile.TemporaryFile("w+") as report:
+        os.dup2(report.fileno(), 1)
+        for name in names:
+            case = cases()[name]
+            start = os.lseek(report.fileno(), 0, os.SEEK_END)
+            try:
+                result = {"ok": True} | compile_case(case, target, mesh)
+            except Exception as error:
+                result = {"ok": False, "error": first_line(error)}
+            sys.stdout.flush()
+            report.seek(start)
+            if result["ok"] and TARGETS[target].platform == "cuda":
+                result |= assembled(report.read())
+            with out.open("a") as file:
+                file.write(json.dumps({"case": name, "target": target} | result) + "\n")
+
+
+def environment(target: str) -> dict[str, str]:
+    """Variables of a child: no device is looked for, and the GPU's assembler says what it used."""
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # no chip is claimed, so processes need no lock against each other
+    report = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"}
+    extra = quiet if TARGETS[target].platform == "tpu" else report
+    return {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"} | extra
+
+
+def compile_all(target: str, match: str = "") -> dict[str, dict]:
+    """Compiles all cases whose name contains `match` for one target, in processes of their own.
+
+    Returns:
+      A result for each case name, also written to `runs/aot/TARGET.jsonl`: "ok", then seconds and bytes, or "error".
+    Raises:
+      ValueError: the target's plug-in is not installed.
+      RuntimeError: the plug-in does not start.
+    """
+    if reason := missing(target):
+        raise ValueError(reason)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    out = RESULTS / f"{target}.jsonl"
+    kept = [line for name, line in lines_of(out) if name in cases() and match and match not in name]
+    out.write_text("".join(f"{line}\n" for line in kept))
+    left = [name for name in cases() if match in name]
+    while left:
+        command = [sys.executable, "-m", "rollax.kernels.aot", target, "--child", str(out), *left]
+        done = len(lines_of(out))
+        try:
+            child = subprocess.run(
+                command, env=os.environ | environment(target), capture_output=True, text=True, check=False,
+                timeout=CASE_SECONDS + 60 * len(left),
+            )  # fmt: skip
+            last = (child.stderr.strip().splitlines() or [""])[-1]
+            if last.startswith(NO_TARGET):
+                raise RuntimeError(f"{target}: {last.removeprefix(NO_TARGET)}")
+            how = f"the compiler died with status {child.returncode}: {last}"
+        except subprocess.TimeoutExpired:
+            how = f"no result within {CASE_SECONDS} s"
+        left = left[len(lines_of(out)) - done :]
+        if left:
+            line = json.dumps({"case": left[0], "target": target, "ok": False, "error": how[:300]})
+            with out.open("a") as file:
+                file.write(line + "\n")
+            left = left[1:]
+    return results(target)
+
+
+def lines_of(out: Path) -> list[tuple[str, str]]:
+    """(case name, line) of each result in a file; none where there is no file."""
+    text = out.read_text() if out.is_file() else ""
+    return [(json.loads(line)["case"], line) for line in text.splitlines()]
+
+
+def results(target: str) -> dict[str, dict]:
+    """The results on disk of one target, by case name."""
+    return {name: json.loads(line) for name, line in lines_of(RESULTS / f"{target}.jsonl")}
+
+
+def cell(result: dict | None) -> str:
+    """One result in the table: seconds, then what the kernel holds on chip, then temporary bytes of device memory."""
+    if result is None:
+        return "not run"
+    if not result["ok"]:
+        return f"**no**: {result['error'].replace('|', '/')}"
+    size = lambda n: f"{n / 2**20:.3g} MiB" if n >= 2**20 else f"{n / 2**10:.3g} KiB"  # noqa: E731
+    parts = [f"{result['seconds']:.1f} s"]
+    if result.get("vmem_bytes") is not None:
+        parts.append(f"VMEM {size(result['vmem_bytes'])}")
+    if result.get("smem_bytes"):
+        parts.append(f"SMEM {size(result['smem_bytes'])}")
+    if result.get("registers"):
+        spilled = f", {result['spill_bytes']} B spilled" if result.get("spill_bytes") else ""
+        parts.append(f"{result['registers']} registers{spilled}")
+    return ", ".join([*parts, f"temporary {size(result['temporary_bytes'])}"])
+
+
+def table(by_target: dict[str, dict[str, dict]]) -> Iterator[str]:
+    """Lines of Markdown: for each operator a table with a row a case and a column a target."""
+    for operator in dict.fromkeys(case.operator for case in cases().values()):
+        yield from (f"\n**{operator}**\n", f"| case | {' | '.join(by_target)} |", "|---" * (1 + len(by_target)) + "|")
+        for name, case in cases().items():
+            if case.operator == operator:
+                row = [cell(found.get(name)) for found in by_target.values()]
+                yield f"| {name.removeprefix(operator + ' ')} | {' | '.join(row)} |"
+
+
+def write_table() -> None:
+    """Puts the results on disk between the two marker lines of kernels/README.md.
+
+    Raises:
+      ValueError: the file has not exactly one of each marker.
+    """
+    text = README.read_text()
+    begin, end = MARKERS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README: expected one {begin!r} and one {end!r} in {README}")
+    head, rest = text.split(begin)
+    version = f"jax {jax.__version__}; seconds are those of two shared CPU cores."
+    lines = [begin, version, *table({target: results(target) for target in TARGETS}), "", end]
+    README.write_text(head + "\n".join(lines) + rest.split(end)[1])
+
+
+# The cases, at the sizes of a model of today: 32 query heads over 8 key and value heads of width 128.
+
+STEPS = ("forward", "backward")
+DTYPES = ("bfloat16", "float32")
+Q, KV = 32, 8
+WIDTH = 128
+
+
+def decode_attention_of(implementation):
+    from rollax.kernels.decode_attention import decode_attention
+
+    return lambda q, k, v, length: decode_attention(q, k, v, length, implementation=implementation)
+
+
+def linear_log_prob_of(implementation):
+    from rollax.kernels.linear_log_prob import linear_log_prob
+
+    return partial(linear_log_prob, implementation=implementation)
+
+
+def prefill_of(implementation):
+    from rollax.kernels.flash_prefill import FlashPrefillConfig, flash_prefill
+
+    return lambda q, k, v: flash_prefill(
+        q, k, v, FlashPrefillConfig(alpha=0.1), slots=64, implementation=implementation
+    )[0]
+
+
+def packed_prefill_of(implementation):
+    from rollax.kernels.flash_prefill import PackedPrefillConfig, flash_prefill_packed
+
+    return lambda q, k, v: flash_prefill_packed(
+        q, k, v, PackedPrefillConfig(alpha=0.1), slots=64, implementation=implementation
+    )[0]
+
+
+def dense_of(implementation):
+    from rollax.kernels.flash_prefill import dense_attention
+
+    return lambda q, k, v: dense_attention(q, k, v, implementation=implementation)[0]
+
+
+def ttt_linear_of(implementation):
+    from rollax.kernels.ttt import ttt_linear_scan
+
+    return lambda q, k, v, eta, gate, w, b, scale, shift: ttt_linear_scan(
+        q, k, v, eta, gate, (w, b), (scale, shift), mini_batch=16, implementation=implementation
+    )
+
+
+def ttt_mlp_of(implementation):
+    from rollax.kernels.ttt import ttt_mlp_scan
+
+    return lambda q, k, v, eta, gate, w1, b1, w2, b2, scale, shift: ttt_mlp_scan(
+        q, k, v, eta, gate, (w1, b1, w2, b2), (scale, shift), mini_batch=16, implementation=implementation
+    )
+
+
+def lact_apply_of(implementation):
+    from rollax.kernels.ttt import FastWeights, lact_apply
+
+    return lambda w0, w1, w2, q: lact_apply(FastWeights(w0, w1, w2), q, implementation=implementation)
+
+
+def lact_grads_of(implementation):
+    from rollax.kernels.ttt import FastWeights, lact_grads
+
+    return lambda w0, w1, w2, k, v, lr: lact_grads(FastWeights(w0, w1, w2), k, v, lr, implementation=implementation)
+
+
+def wide(*shape: int) -> tuple:
+    """An argument that is float32 in every case."""
+    return shape, "float32"
+
+
+def cases() -> dict[str, Case]:
+    """Every case by its name."""
+    rows = []  # (operator, variant, build, shapes, arguments to differentiate, implementation)
+    for tokens in (32768, 131072):
+        qkv = ((tokens, Q, WIDTH), (tokens, KV, WIDTH), (tokens, KV, WIDTH))
+        for variant, build in (("v1, 64 slots", prefill_of), ("v2, 64 slots", packed_prefill_of), ("dense", dense_of)):
+            rows.append(("flash_prefill", f"{variant}, {tokens // 1024}K", build, qkv, (0, 1, 2), None))
+    H, L, f = 32, 32768, 64
+    sequence = (*[(1, H, L, f)] * 3, wide(16), wide(1, H, L))
+    norm = (wide(H, f), wide(H, f))
+    linear = (wide(H, f, f), wide(H, 1, f))
+    mlp = (wide(H, f, 4 * f), wide(H, 1, 4 * f), wide(H, 4 * f, f), wide(H, 1, f))
+    fast = (wide(1, 4, 512, 512),) * 3
+    chunk = (1, 4, 2048, 512)
+    query, lengths = (32, Q, WIDTH), ((32,), "int32")
+    cache = (32, KV, 32768, WIDTH)
+    lact = (*fast, chunk, chunk, wide(1, 4, 2048, 3))
+    decode = ("decode_attention", "batch 32, 32K", decode_attention_of, (query, cache, cache, lengths), (0, 1, 2))
+    head = ((4096, 2048), (2048, 151936), ((4096,), "int32"))
+    rows += [
+        ("ttt", "linear, 32K", ttt_linear_of, (*sequence, *linear, *norm), tuple(range(9)), None),
+        ("ttt", "mlp, 32K", ttt_mlp_of, (*sequence, *mlp, *norm), tuple(range(11)), None),
+        ("ttt", "lact apply, 4 heads, 2K", lact_apply_of, (*fast, chunk), tuple(range(4)), None),
+        ("ttt", "lact grads, 4 heads, 2K", lact_grads_of, lact, tuple(range(6)), None),
+        (*decode, None),
+        (*decode, "xla"),
+        ("linear_log_prob", "4K tokens, D 2048, V 151936", linear_log_prob_of, head, (0, 1), "xla"),
+    ]
+    every = [
+        Case(operator, variant, step, dtype, build, shapes, wrt, implementation)
+        for operator, variant, build, shapes, wrt, implementation in rows
+        for step in STEPS
+        for dtype in DTYPES
+    ]
+    return {case.name: case for case in every}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument(
+        "--table", action="store_true", help="write the table from the results on disk, compile nothing"
+    )
+    parser.add_argument("--child", nargs="+", metavar=("FILE", "CASE"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if unknown := set(options.targets) - set(TARGETS):
+        parser.error(f"targets must be of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
+    if options.child:
+        work(options.targets[0], options.child[1:], Path(options.child[0]))
+    elif options.table:
+        write_table()
+    else:
+        for target in options.targets or TARGETS:
+            for name, result in compile_all(target, options.match).items():
+                if options.match in name:
+                    print(f"{target}: {name}: {cell(result)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

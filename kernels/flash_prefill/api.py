@@ -1,0 +1,561 @@
+"""FlashPrefill (arXiv 2603.06199) and FlashPrefill V2 (arXiv 2608.19758): sparse causal attention for long prompts.
+
+    cfg = FlashPrefillConfig(alpha=0.1)
+    out, stats = flash_prefill(q, k, v, cfg)  # [S, HQ, D]; vmap over a batch
+
+One internal operator, `attend`, serves both versions, dense attention, windows and decoding: rows of queries against
+listed blocks of keys, head-major. `reference.py` is its definition, the other modules its backends.
+"""
+
+import importlib
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rollax.kernels import backends
+from rollax.kernels.flash_prefill import selection
+from rollax.kernels.flash_prefill.selection import (
+    BlockEnergy,
+    BlockIndex,
+    FlashPrefillConfig,
+    PackedPrefillConfig,
+    check_number,
+    check_power_of_two,
+    compact_index,
+    index_mask,
+    mean_pool,
+    select_blocks,
+    select_packed,
+    transpose_index,
+)
+
+MEAN_SCORES_AT_ONCE = 2**21  # float32 logits of rows against mean keys in the correction
+
+
+class PrefillStats(NamedTuple):
+    """`density` float32 `[]`: read blocks over visible ones. `overflow` bool `[]`: the slots did not hold them all."""
+
+    density: jax.Array
+    overflow: jax.Array
+
+
+class Plan(NamedTuple):
+    """What is static of a call of `attend`. `implementation`: a name that `backends.resolve` returned."""
+
+    tile: int
+    block: int
+    group: int
+    scale: float
+    implementation: str
+
+
+# The internal operator: backends behind custom_vjp, custom_vmap.
+
+
+def backend(implementation: str, function: str):
+    """The function of a backend module, which is imported when first asked for."""
+    module = "pallas_tpu" if implementation == "interpret" else implementation
+    found = getattr(importlib.import_module(f"rollax.kernels.flash_prefill.{module}"), function)
+    return partial(found, interpret=True) if implementation == "interpret" else found
+
+
+def refusals(
+    implementation: str | None, q, k, *, tile: int, block: int, lists: int | None = None
+) -> dict[str, str | None]:
+    """For `backends.resolve`: why the kernel in question cannot take `[S, H, D]` q and k; imports no other.
+
+    Args:
+      lists: the longest list of blocks or tiles that there can be; None where none is read.
+    """
+    here = backends.KERNEL_OF.get(jax.default_backend())
+    named = {None: here, "pallas": here, "interpret": "pallas_tpu"}.get(implementation, implementation)
+    if named not in ("pallas_tpu", "pallas_mgpu"):
+        return {}
+    scalars = {} if named == "pallas_mgpu" or lists is None else dict(slots=lists, repeat=q.shape[1] // k.shape[1])
+    return {named: backend(named, "refusal")(q.dtype, k.dtype, q.shape[-1], tile, block, **scalars)}
+
+
+def folded(function):
+    """`function` of arrays with a leading axis of heads, so that vmap lengthens that axis: backends see no batch."""
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def rule(axis_size, batched, *args):
+        args = [x if b else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, b in zip(args, batched, strict=True)]
+        outputs = call(*(x.reshape(-1, *x.shape[2:]) for x in args))
+        outputs = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), outputs)
+        return outputs, jax.tree.map(lambda _: True, outputs)
+
+    return call
+
+
+def call_backend(name: str, plan: Plan, *args, **static):
+    function = partial(
+        backend(plan.implementation, name), tile=plan.tile, block=plan.block, group=plan.group, scale=plan.scale
+    )
+    return folded(partial(function, **static))(*args)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def attend_planned(q, k, v, index, count, offset, length, plan: Plan):
+    return call_backend("forward", plan, q, k, v, index, count, offset, length)
+
+
+def attend_forward(q, k, v, index, count, offset, length, plan):
+    out, lse = attend_planned(q, k, v, index, count, offset, length, plan)
+    return (out, lse), (q, k, v, out, lse, index, count, offset, length)
+
+
+def attend_backward(plan, saved, cotangents):
+    *arrays, index, count, offset, length = saved
+    blocks = saved[1].shape[1] // plan.block
+    lists = transpose_index(BlockIndex(index, count, jnp.zeros((), bool)), blocks=blocks)
+    arrays += [*cotangents, index, count, lists.index, lists.count, offset, length]
+    return (*call_backend("backward", plan, *arrays), None, None, None, None)
+
+
+attend_planned.defvjp(attend_forward, attend_backward)
+
+
+def attend(q, k, v, index, count, offset, length, *, tile, block, group=1, scale, implementation):
+    """Attention of rows over the keys of listed blocks; the operator behind everything here. No checks.
+
+    Args:
+      q: `[H, R, D]`, R a multiple of `tile`; row r of head h stands at position offset[h] + r // group.
+      k, v: `[HK, S, D]`, S a multiple of `block`; head h reads key head h // (H // HK).
+      index: int32 `[H, R // tile, slots]`, ascending ids of key blocks; unused slots repeat the last used one.
+      count: int32 `[H, R // tile]`, slots in use; may be 0.
+      offset, length: int32 `[H]`: position of row 0, number of valid keys; may be traced. Key t is seen by a row iff
+        its block is listed, t < length and t <= the row's position.
+      scale: of the logits; static as `tile`, `block` and `group` are.
+      implementation: a name that `backends.resolve` returned.
+    Returns:
+      out `[H, R, D]` in q's dtype, lse `[H, R]` in nats, float32 (float64 where q is, outside of kernels); 0 and -inf
+      in a row that sees no key. Differentiable in q, k, v through both.
+    """
+    return attend_planned(q, k, v, index, count, offset, length, Plan(tile, block, group, scale, implementation))
+
+
+# Layout.
+
+
+def head_major(x, multiple: int):
+    """`[S, H, D]` to `[H, S', D]`, S' the next multiple, filled with zeros."""
+    return jnp.pad(jnp.swapaxes(x, 0, 1), ((0, 0), (0, -x.shape[0] % multiple), (0, 0)))
+
+
+def pack(q, heads: int, multiple: int):
+    """`[S, HQ, D]` to `[HK, S', D]`: row p of key head h is head h * g + p % g at position p // g, g = HQ / HK."""
+    S, HQ, D = q.shape
+    rows = jnp.swapaxes(q.reshape(S, heads, HQ // heads, D), 0, 1).reshape(heads, -1, D)
+    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % multiple), (0, 0)))
+
+
+def unpack(x, S: int, group: int):
+    """`[HK, S', ...]` to `[S, HK * group, ...]`, the inverse of `pack`."""
+    heads = x.shape[0]
+    x = x[:, : S * group].reshape(heads, S, group, *x.shape[2:])
+    return jnp.moveaxis(x, 0, 1).reshape(S, heads * group, *x.shape[3:])
+
+
+def hide_padding(out, lse, length):
+    """0 and -inf in rows `[S, ...]` beyond the length."""
+    row = jnp.arange(out.shape[0])[:, None]
+    return jnp.where((row < length)[..., None], out, 0), jnp.where(row < length, lse, -jnp.inf)
+
+
+def check_qkv(q, k, v, *, same_length: bool = True) -> None:
+    """Raises ValueError for shapes and dtypes that do not fit."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [tokens, heads, width] (vmap over a batch), got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q and k must have one width, got {q.shape[2]} and {k.shape[2]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}")
+    if same_length and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have as many tokens, got {q.shape[0]} and {k.shape[0]}")
+    if min(q.shape + k.shape) < 1:
+        raise ValueError(f"q and k must not be empty, got {q.shape} and {k.shape}")
+
+
+def check_length(name: str, length, most: int) -> None:
+    check_number(name, length, 0, most)
+
+
+def scale_of(scale: float | None, width: int) -> float:
+    """The scale of the logits; 1 / sqrt(width) for None."""
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return width**-0.5 if scale is None else float(scale)
+
+
+# Zero-order mean correction.
+
+
+def mean_attention(q, kbar, vbar, mask, *, tile: int, block: int, scale: float):
+    """Attention over the blocks of `mask`, each as `block` copies of its mean key and value (arXiv 2608.19758).
+
+    Args:
+      q: `[H, R, D]`; kbar, vbar: `[HK, n, D]`; mask: bool `[H, R // tile, n]`.
+    Returns:
+      (out `[H, R, D]`, lse `[H, R]`), float32 at least; 0 and -inf where the mask has no block.
+    """
+    H, R, D = q.shape
+    n = kbar.shape[1]
+    dtype = kbar.dtype
+    kbar, vbar = (jnp.repeat(x, H // x.shape[0], axis=0).astype(q.dtype) for x in (kbar, vbar))
+    product = partial(jnp.einsum, preferred_element_type=dtype, precision="highest")
+
+    @jax.checkpoint  # neither pass holds [H, R, n]
+    def of_tile(args):
+        rows, listed = args
+        x = product("hrd,hnd->hrn", rows, kbar) * scale + jnp.log(float(block)).astype(dtype)
+        some = listed.any(-1)[:, None]
+        x = jnp.where(listed[:, None], x, -1e30)
+        lse = jax.nn.logsumexp(x, axis=-1)
+        p = jnp.where(listed[:, None], jnp.exp(x - lse[..., None]), 0)
+        return product("hrn,hnd->hrd", p.astype(q.dtype), vbar), jnp.where(some, lse, -jnp.inf)
+
+    tiles = jnp.moveaxis(q.reshape(H, R // tile, tile, D), 1, 0)
+    at_once = max(1, min(R // tile, MEAN_SCORES_AT_ONCE // (H * tile * n)))
+    out, lse = jax.lax.map(of_tile, (tiles, jnp.moveaxis(mask, 1, 0)), batch_size=at_once)
+    return jnp.moveaxis(out, 0, 1).reshape(H, R, D), jnp.moveaxis(lse, 0, 1).reshape(H, R)
+
+
+def merge(out_a, lse_a, out_b, lse_b):
+    """Softmax attention over the union of two disjoint sets of keys from that over each; -inf for an empty set."""
+    lse_a, lse_b = (jnp.where(x > -jnp.inf, x, -1e30) for x in (lse_a, lse_b.astype(lse_a.dtype)))
+    lse = jnp.logaddexp(lse_a, lse_b)
+    weighted = lambda out, part: out.astype(lse.dtype) * jnp.exp(part - lse)[..., None]  # noqa: E731
+    some = lse > -1e29
+    return (weighted(out_a, lse_a) + weighted(out_b, lse_b)).astype(out_a.dtype), jnp.where(some, lse, -jnp.inf)
+
+
+def corrected_blocks(mask, first_position, block: int):
+    """bool `[H, T, n]`: the blocks left out of `mask` that the tile's first row, `[T]`, sees whole."""
+    return ~mask & (jnp.arange(mask.shape[-1]) < first_position[:, None] // block)
+
+
+# Public functions.
+
+
+def block_energy(
+    q, kbar, cfg: FlashPrefillConfig, *, scale=None, length=None, implementation=None, explain=False
+) -> BlockEnergy:
+    """v1's energies of each query block and mean key, float32 `[HQ, n, n]`; no gradient (arXiv 2603.06199).
+
+    Row r sees block j iff the block's last token is at r or before.
+
+    Args:
+      q: `[S, HQ, D]`.
+      kbar: `[n, HK, D]`, from `mean_pool` at cfg.block_size.
+      scale: of the logits; None for 1 / sqrt(D).
+      length: valid tokens, may be traced; None for S.
+      implementation, explain: see `rollax.kernels.backends.resolve`.
+    Raises:
+      ValueError: shapes that do not fit; an implementation that cannot take them.
+    """
+    S, HQ, D = q.shape
+    B, n = cfg.block_size, -(-S // cfg.block_size)
+    if kbar.ndim != 3 or kbar.shape[0] != n or kbar.shape[2] != D or HQ % kbar.shape[1]:
+        raise ValueError(f"kbar must be [{n}, HK, {D}] with {HQ} a multiple of HK, got {kbar.shape}")
+    length = S if length is None else length
+    check_length("length", length, S)
+    if not cfg.mask_padding:
+        q = jnp.where(jnp.arange(S)[:, None, None] < length, q, 0)
+        length = -(-length // B) * B
+    return energy_of(
+        "block_energy",
+        head_major(q, B),
+        jnp.swapaxes(kbar, 0, 1),
+        jnp.zeros((), jnp.int32),
+        length,
+        Plan(B, B, 1, scale_of(scale, D), implementation),
+        cfg.row_normalised,
+        "last",
+        explain,
+    )
+
+
+def energy_of(operator, q, kbar, offset, length, plan: Plan, row_normalised, rule, explain) -> BlockEnergy:
+    """Energies of head-major, padded rows under `plan`, whose implementation is as the caller gave it."""
+    q, kbar = jax.lax.stop_gradient((q, kbar.astype(q.dtype)))  # means are rounded as the authors' are
+    if row_normalised:  # an ablation, with no kernel of its own
+        chosen = backends.resolve(operator, plan.implementation, {}) if plan.implementation == "reference" else "xla"
+        name = "row_energy"
+    else:
+        refused = refusals(plan.implementation, q, q, tile=plan.tile, block=plan.block)
+        chosen = backends.resolve(operator, plan.implementation, refused, explain=explain)
+        name = "energy"
+    H = q.shape[0]
+    ends = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in (offset, length))
+    return BlockEnergy(*call_backend(name, plan._replace(implementation=chosen), q, kbar, *ends, rule=rule))
+
+
+def block_sparse_attention(
+    q,
+    k,
+    v,
+    index: BlockIndex,
+    *,
+    block_size,
+    scale=None,
+    length=None,
+    kbar=None,
+    vbar=None,
+    implementation=None,
+    explain=False,
+):
+    """Causal attention of each query block over its listed key blocks (v1's pass 4, arXiv 2603.06199).
+
+    Args:
+      q: `[S, HQ, D]`; k, v: `[S, HK, D]`, HQ a multiple of HK.
+      index: lists of `[HQ, n, slots]`, n = ceil(S / block_size), from `compact_index`; the caller looks at overflow.
+      scale: of the logits, static; None for 1 / sqrt(D).
+      length: valid tokens, may be traced; None for S. Rows beyond it give 0 and -inf.
+      kbar, vbar: `[n, HK, D]` from `mean_pool` of k and v: adds every block that is not listed and wholly visible to
+        the tile's first row by its means (zero-order correction, arXiv 2608.19758); differentiable too.
+      implementation, explain: see `rollax.kernels.backends.resolve`.
+    Returns:
+      (out `[S, HQ, D]` in q's dtype, lse `[S, HQ]` in nats, float32 at least). Sums are in float32 at least.
+    Raises:
+      ValueError: shapes that do not fit; an implementation that cannot take them.
+    """
+    check_qkv(q, k, v)
+    check_power_of_two("block_size", block_size)
+    S, HQ, D = q.shape
+    B, n = block_size, -(-S // block_size)
+    if index.index.ndim != 3 or index.index.shape[:2] != (HQ, n) or index.count.shape != (HQ, n):
+        shapes = f"{index.index.shape} and {index.count.shape}"
+        raise ValueError(f"index must be [{HQ}, {n}, slots] with count [{HQ}, {n}], got {shapes}")
+    if (kbar is None) != (vbar is None):
+        raise ValueError("kbar and vbar must be given together")
+    length = S if length is None else length
+    check_length("length", length, S)
+    refused = refusals(implementation, q, k, tile=B, block=B, lists=n)
+    chosen = backends.resolve("block_sparse_attention", implementation, refused, explain=explain)
+    rows, means = head_major(q, B), None
+    if kbar is not None:
+        for name, x in (("kbar", kbar), ("vbar", vbar)):
+            if x.shape != (n, *k.shape[1:]):
+                raise ValueError(f"{name} must be {(n, *k.shape[1:])}, got {x.shape}")
+        means = (jnp.swapaxes(kbar, 0, 1), jnp.swapaxes(vbar, 0, 1), jnp.arange(n) * B)
+    ends = (jnp.zeros((), jnp.int32), length)
+    plan = Plan(B, B, 1, scale_of(scale, D), chosen)
+    out, lse = attend_lists(rows, head_major(k, B), head_major(v, B), index, ends, means, plan)
+    return hide_padding(jnp.swapaxes(out, 0, 1)[:S], jnp.swapaxes(lse, 0, 1)[:S], length)
+
+
+def attend_lists(q, k, v, index: BlockIndex, ends, means, plan: Plan):
+    """`attend` for one offset and length of all heads, with the correction where `means` is given.
+
+    Args:
+      ends: (offset, length), scalars.
+      means: None, or (kbar `[HK, n, D]`, vbar, position `[T]` of each tile's first row).
+    """
+    H = q.shape[0]
+    ends = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in ends)
+    out, lse = attend_planned(q, k, v, index.index, index.count, *ends, plan)
+    if means is None:
+        return out, lse
+    kbar, vbar, first = means
+    mask = corrected_blocks(index_mask(index.index, index.count, kbar.shape[1]), first, plan.block)
+    mean_out, mean_lse = mean_attention(q, kbar, vbar, mask, tile=plan.tile, block=plan.block, scale=plan.scale)
+    return merge(out, lse, mean_out, mean_lse)
+
+
+def or_dense(index: BlockIndex, visible, attend_to: Any, dense_on_overflow: bool):
+    """`attend_to(index)`, or `attend_to` the lists of all `visible` blocks where the index overflowed and it is asked.
+
+    A `lax.cond`: under vmap both are computed.
+    """
+    n = visible.shape[-1]
+    if not dense_on_overflow or index.index.shape[-1] == n:
+        return attend_to(index)
+    return jax.lax.cond(index.overflow, lambda: attend_to(compact_index(visible, n)), lambda: attend_to(index))
+
+
+def flash_prefill(
+    q,
+    k,
+    v,
+    cfg: FlashPrefillConfig,
+    *,
+    slots=None,
+    length=None,
+    scale=None,
+    correction=False,
+    dense_on_overflow=False,
+    implementation=None,
+    explain=False,
+):
+    """FlashPrefill, version 1: score mean keys, keep the blocks above the threshold, attend to them (arXiv 2603.06199).
+
+    The selection of a query block depends on all its rows; the output of a row never depends on later blocks. No
+    gradient flows through the selection.
+
+    Args:
+      q: `[S, HQ, D]`; k, v: `[S, HK, D]`, HQ a multiple of HK.
+      slots: the most blocks that a list holds, static; None for all. Fewer save memory, and may overflow.
+      length: valid tokens, may be traced; None for S. Rows beyond it give 0.
+      scale: of the logits, static; None for 1 / sqrt(D).
+      correction: add the blocks left out by their means (V2's zero-order correction).
+      dense_on_overflow: take dense attention where the slots overflowed; otherwise a list keeps its first blocks.
+      implementation, explain: see `rollax.kernels.backends.resolve`.
+    Returns:
+      (out `[S, HQ, D]` in q's dtype, `PrefillStats`).
+    Raises:
+      ValueError: shapes that do not fit, slots or length out of range, an implementation that cannot take them.
+    """
+    check_qkv(q, k, v)
+    S, B = q.shape[0], cfg.block_size
+    n = -(-S // B)
+    length = S if length is None else length
+    check_length("length", length, S)
+    refused = refusals(implementation, q, k, tile=B, block=B, lists=n)
+    chosen = backends.resolve("flash_prefill", implementation, refused, explain=explain)
+    kbar = mean_pool(k, B, length)
+    energy = block_energy(q, kbar, cfg, scale=scale, length=length, implementation=chosen)
+    n_valid = -(-length // B)
+    mask = select_blocks(energy, cfg, n_valid=n_valid)
+    visible = jnp.broadcast_to(selection.dense_mask(n) & (jnp.arange(n)[:, None] < n_valid), mask.shape)
+    index = compact_index(mask, n if slots is None else slots)
+    how = dict(block_size=B, scale=scale, length=length, implementation=chosen)
+    if correction:
+        how |= dict(kbar=kbar, vbar=mean_pool(v, B, length))
+    out = or_dense(index, visible, lambda x: block_sparse_attention(q, k, v, x, **how)[0], dense_on_overflow)
+    return out, PrefillStats(selection.density(mask, visible), index.overflow)
+
+
+def packed_energy(q, kbar, cfg: PackedPrefillConfig, *, prefix=0, length=None, scale=None, implementation=None):
+    """V2's energies of each tile of packed rows and mean key, float32 `[HK, T, n]`; no gradient (arXiv 2608.19758).
+
+    A block is scored if the tile's last row sees it whole; of its rows, those that see the block's first token count.
+
+    Args:
+      q: `[S, HQ, D]`; kbar: `[n, HK, D]` of all keys, from `mean_pool` at cfg.block_size.
+      prefix: keys before the first query; length: valid queries, None for S. Both may be traced.
+    """
+    S, HQ, D = q.shape
+    heads = kbar.shape[1]
+    rows = pack(q, heads, cfg.tile_rows)
+    plan = Plan(cfg.tile_rows, cfg.block_size, HQ // heads, scale_of(scale, D), implementation)
+    length = prefix + (S if length is None else length)
+    return energy_of(
+        "packed_energy", rows, jnp.swapaxes(kbar, 0, 1), prefix, length, plan, cfg.row_normalised, "first", False
+    )
+
+
+def flash_prefill_packed(
+    q,
+    k,
+    v,
+    cfg: PackedPrefillConfig,
+    *,
+    prefix=0,
+    correction=True,
+    slots=None,
+    length=None,
+    scale=None,
+    dense_on_overflow=False,
+    implementation=None,
+    explain=False,
+):
+    """FlashPrefill V2: one list for the query heads of a key head, after a prefix (arXiv 2608.19758).
+
+    Query s stands at position prefix + s, so that a prompt can be read in chunks against one cache of keys. The
+    selection of a tile depends on all its rows; the output of a row never depends on keys after the tile's last row.
+
+    Args:
+      q: `[S, HQ, D]`; k, v: `[SK, HK, D]`, SK at least prefix + S, HQ a multiple of HK.
+      prefix: keys before the first query, may be traced.
+      correction: add the blocks left out by their mean keys and values; differentiable too.
+      slots, scale, dense_on_overflow: as in `flash_prefill`.
+      length: valid queries, may be traced; None for S. Rows beyond it give 0.
+      implementation, explain: see `rollax.kernels.backends.resolve`.
+    Returns:
+      (out `[S, HQ, D]` in q's dtype, `PrefillStats`).
+    Raises:
+      ValueError: shapes that do not fit, slots, prefix or length out of range, an implementation that cannot take them.
+    """
+    check_qkv(q, k, v, same_length=False)
+    (S, HQ, D), (SK, HK, _) = q.shape, k.shape
+    B, group = cfg.block_size, HQ // HK
+    check_number("prefix", prefix, 0, SK - S)
+    if SK < S:
+        raise ValueError(f"k must hold the prefix and the {S} tokens of q, got {SK}")
+    length = S if length is None else length
+    check_length("length", length, S)
+    tiles, n = -(-S * group // cfg.tile_rows), -(-SK // B)
+    refused = refusals(implementation, q, k, tile=cfg.tile_rows, block=B, lists=max(tiles, n))
+    chosen = backends.resolve("flash_prefill_packed", implementation, refused, explain=explain)
+    kbar = mean_pool(k, B, prefix + length)
+    energy = packed_energy(q, kbar, cfg, prefix=prefix, length=length, scale=scale, implementation=chosen)
+    span = dict(group=group, prefix=prefix, length=length)
+    mask = select_packed(energy, cfg, **span)
+    visible = jnp.broadcast_to(selection.packed_visible(tiles, n, cfg, **span), mask.shape)
+    index = compact_index(mask, n if slots is None else slots)
+    means = None
+    if correction:
+        first = selection.packed_spans(tiles, cfg.tile_rows, group, prefix, length)[0]
+        means = (jnp.swapaxes(kbar, 0, 1), jnp.swapaxes(mean_pool(v, B, prefix + length), 0, 1), first)
+    rows, keys, values = pack(q, HK, cfg.tile_rows), head_major(k, B), head_major(v, B)
+    plan = Plan(cfg.tile_rows, B, group, scale_of(scale, D), chosen)
+    ends = (prefix, prefix + length)
+    out, lse = or_dense(
+        index, visible, lambda x: attend_lists(rows, keys, values, x, ends, means, plan), dense_on_overflow
+    )
+    out, _ = hide_padding(unpack(out, S, group), unpack(lse, S, group), length)
+    return out, PrefillStats(selection.density(mask, visible), index.overflow)
+
+
+def masked_attention(operator, q, k, v, mask, slots, block_size, scale, length, implementation, explain):
+    """`block_sparse_attention` under one mask `[n, n]` for all heads."""
+    check_qkv(q, k, v)
+    index = compact_index(mask, slots)
+    heads = q.shape[1]
+    every = BlockIndex(*(jnp.broadcast_to(x, (heads, *x.shape)) for x in index[:2]), index.overflow)
+    refused = refusals(implementation, q, k, tile=block_size, block=block_size, lists=mask.shape[0])
+    chosen = backends.resolve(operator, implementation, refused, explain=explain)
+    how = dict(block_size=block_size, scale=scale, length=length, implementation=chosen)
+    return block_sparse_attention(q, k, v, every, **how)
+
+
+def dense_attention(q, k, v, *, block_size=128, scale=None, length=None, implementation=None, explain=False):
+    """Causal flash attention with the same kernels: every list is full.
+
+    Arguments, results and errors as in `block_sparse_attention`.
+    """
+    n = -(-q.shape[0] // block_size)
+    mask = selection.dense_mask(n)
+    return masked_attention("dense_attention", q, k, v, mask, n, block_size, scale, length, implementation, explain)
+
+
+def window_attention(
+    q,
+    k,
+    v,
+    *,
+    sink_blocks=2,
+    window_blocks=4,
+    block_size=128,
+    scale=None,
+    length=None,
+    implementation=None,
+    explain=False,
+):
+    """The baseline of a sliding window with sinks, in blocks; see `block_sparse_attention`."""
+    check_number("sink_blocks", sink_blocks, 0)
+    check_number("window_blocks", window_blocks, 1)
+    n = -(-q.shape[0] // block_size)
+    mask, slots = selection.window_mask(n, sink_blocks, window_blocks), min(n, sink_blocks + window_blocks)
+    return masked_attention(
+        "window_attention", q, k, v, mask, slots, block_size, scale, length, implementation, explain
+    )

@@ -1,0 +1,96 @@
+"""The readable definition of block-sparse attention: a masked softmax over all keys, `[H, R, S]` in memory.
+
+Arguments as every backend takes them (head-major, padded; see `api.attend`): row r of head h stands at position
+offset[h] + r // group, key t is seen by it iff its block is listed for the row's tile, t < length[h] and t <= position.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rollax.kernels.flash_prefill.selection import index_mask
+
+LOG2_E = float(np.log2(np.e))
+
+
+def wide(dtype):
+    """What sums are formed in: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def row_positions(offset, rows: int, group: int):
+    """int32 `[H, R]`."""
+    return offset[:, None] + jnp.arange(rows, dtype=jnp.int32) // group
+
+
+def spread_heads(x, heads: int):
+    """`[HK, ...]` to `[H, ...]`: key head of each query head."""
+    return jnp.repeat(x, heads // x.shape[0], axis=0)
+
+
+def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale):
+    """(out `[H, R, D]` in q's dtype, lse `[H, R]` in nats); a row that sees no key: 0 and -inf."""
+    H, R, _ = q.shape
+    S = k.shape[1]
+    accumulate = wide(q.dtype)
+    k, v = (spread_heads(x, H).astype(accumulate) for x in (k, v))
+    listed = index_mask(index, count, S // block)
+    t = jnp.arange(S)
+    seen = jnp.repeat(jnp.repeat(listed, tile, axis=1), block, axis=2) & (t < length[:, None, None])
+    seen &= t <= row_positions(offset, R, group)[..., None]
+    logits = jnp.einsum("hrd,hsd->hrs", q.astype(accumulate), k, precision="highest") * scale
+    any_seen = seen.any(-1)
+    # Where no key is seen a constant takes the logits' place, so that no NaN enters the gradient.
+    lse = jax.nn.logsumexp(jnp.where(seen, logits, jnp.where(any_seen[..., None], -jnp.inf, 0)), axis=-1)
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse[..., None], 0)), 0)
+    out = jnp.einsum("hrs,hsd->hrd", weights, v, precision="highest")
+    return out.astype(q.dtype), jnp.where(any_seen, lse, -jnp.inf)
+
+
+def backward(q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, **static):
+    """(dq, dk, dv) by differentiating the definition."""
+    primal = lambda q, k, v: forward(q, k, v, index, count, offset, length, **static)  # noqa: E731
+    return jax.vjp(primal, q, k, v)[1]((d_out, d_lse))
+
+
+def seen_blocks(offset, length, rows: int, n: int, *, tile, block, group, rule):
+    """bool `[H, R, n]`: whether a row counts in the energy of a block; `rule` "last" (v1) or "first" (V2)."""
+    position = row_positions(offset, rows, group)
+    valid = position < length[:, None]
+    j = jnp.arange(n)
+    if rule == "last":
+        return valid[..., None] & (position[..., None] >= j * block + block - 1)
+    last = jnp.where(valid, position, -1).reshape(position.shape[0], -1, tile).max(-1)
+    active = jnp.repeat((last + 1) // block, tile, axis=1)
+    return valid[..., None] & (position[..., None] >= j * block) & (j < active[..., None])
+
+
+def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
+    """(sum, max) `[H, T, n]` of `BlockEnergy`."""
+    H, R, _ = q.shape
+    n = kbar.shape[1]
+    accumulate = wide(q.dtype)
+    kbar = spread_heads(kbar, H).astype(accumulate)
+    x = jnp.einsum("hrd,hnd->hrn", q.astype(accumulate), kbar, precision="highest")
+    seen = seen_blocks(offset, length, R, n, tile=tile, block=block, group=group, rule=rule)
+    x = jnp.where(seen, x, -jnp.inf).reshape(H, R // tile, tile, n)
+    top = x.max(axis=2)
+    # The difference is scaled, not x: rounded where it is small.
+    below = (x - jnp.where(top > -jnp.inf, top, 0)[:, :, None]) * (scale * LOG2_E)
+    return jnp.exp2(below).sum(axis=2), top * (scale * LOG2_E)
+
+
+def row_energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
+    """As `energy`, each row's scores a softmax over the blocks it sees: `sum` holds their sums, `max` 0 where seen."""
+    H, R, _ = q.shape
+    n = kbar.shape[1]
+    accumulate = wide(q.dtype)
+    kbar = spread_heads(kbar, H).astype(accumulate)
+    x = jnp.einsum("hrd,hnd->hrn", q.astype(accumulate), kbar, precision="highest") * scale
+    seen = seen_blocks(offset, length, R, n, tile=tile, block=block, group=group, rule=rule)
+    x = jnp.where(seen, x, -jnp.inf)
+    top = x.max(axis=-1, keepdims=True)
+    weights = jnp.exp(x - jnp.where(top > -jnp.inf, top, 0))
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    tiles = lambda x: x.reshape(H, R // tile, tile, n)  # noqa: E731
+    return tiles(weights).sum(axis=2), jnp.where(tiles(seen).any(axis=2), 0.0, -jnp.inf).astype(accumulate)

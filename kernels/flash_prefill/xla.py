@@ -1,0 +1,188 @@
+"""Block-sparse attention in plain jnp: loops over the listed blocks alone, so that time follows their number.
+
+Lists (the key blocks of a tile; in the backward pass also the tiles of a key block) are taken a few at a time, in the
+order of their lengths, with a traced trip count; a step multiplies one block for each of them. On a CPU one list at a
+time is best: its tiles stay in the cache, and the matrix products run near the speed of large ones.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rollax.kernels.flash_prefill.reference import LOG2_E, wide
+
+NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
+LOWEST = -5e29  # where a running maximum starts: 2^(NEVER - LOWEST) is 0
+UNSEEN = 1e30  # lse of a row without keys in the backward pass: its weights are 0
+LISTS_AT_ONCE = 64  # on accelerators
+SCORES_AT_ONCE = 2**21  # of rows against mean keys
+
+
+def product(equation, a, b):
+    """Sums in float32 at least; no fewer bits in a float32 product than float32 has, on any platform."""
+    return jnp.einsum(equation, a, b, preferred_element_type=wide(a.dtype), precision="highest")
+
+
+def by_length(function, count):
+    """`function(ids [G])`, arrays of `[G, ...]`, over the ids of all lists, a group of like `count` at a time."""
+    lists = count.size
+    at_once = 1 if jax.default_backend() == "cpu" else min(LISTS_AT_ONCE, lists)
+    order = jnp.argsort(-count.reshape(-1), stable=True).astype(jnp.int32)
+    groups = jnp.pad(order, (0, -lists % at_once), mode="edge").reshape(-1, at_once)
+    place = jnp.zeros(lists, jnp.int32).at[groups.reshape(-1)].set(jnp.arange(groups.size, dtype=jnp.int32))
+    results = jax.lax.map(function, groups)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[place], results)
+
+
+def walk(step, index, count, start):
+    """Carries state through `step(ids [G], used bool [G, 1, 1], state)` for each slot of lists `[G, slots]`."""
+
+    def body(slot, state):
+        ids = jax.lax.dynamic_index_in_dim(index, slot, axis=1, keepdims=False)
+        return step(ids, (slot < count)[:, None, None], state)
+
+    return jax.lax.fori_loop(0, count.max(), body, start)
+
+
+def row_limits(offset, length, heads, tiles, *, tile: int, group: int):
+    """int32 `[G, tile]`: a row of tile `tiles` `[G]` of head `heads` `[G]` sees the keys below its limit."""
+    position = offset[heads][:, None] + (tiles[:, None] * tile + jnp.arange(tile, dtype=jnp.int32)) // group
+    return jnp.minimum(position + 1, length[heads][:, None])
+
+
+def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale):
+    """See `reference.forward`."""
+    (H, R, D), HK = q.shape, k.shape[0]
+    T, n = R // tile, k.shape[1] // block
+    q_tiles = q.reshape(H * T, tile, D)
+    k_blocks, v_blocks = (x.reshape(HK * n, block, D) for x in (k, v))
+    lists, counts = index.reshape(H * T, -1), count.reshape(-1)
+    dtype = wide(q.dtype)
+
+    def some_tiles(ids):
+        heads = ids // T
+        rows, first = q_tiles[ids], heads // (H // HK) * n
+        limits = row_limits(offset, length, heads, ids % T, tile=tile, group=group)
+
+        def step(blocks, used, state):
+            top, total, out = state
+            keys, values = k_blocks[first + blocks], v_blocks[first + blocks]
+            t = blocks[:, None] * block + jnp.arange(block)
+            seen = used & (t[:, None] < limits[..., None])
+            x = jnp.where(seen, product("grd,gsd->grs", rows, keys) * (scale * LOG2_E), NEVER)
+            new_top = jnp.maximum(top, x.max(-1))
+            p = jnp.exp2(x - new_top[..., None])
+            shrink = jnp.exp2(top - new_top)
+            out = out * shrink[..., None] + product("grs,gsd->grd", p.astype(v.dtype), values)
+            return new_top, total * shrink + p.sum(-1), out
+
+        start = jnp.full_like(rows, LOWEST, dtype)[..., 0], jnp.zeros_like(rows, dtype)[..., 0]
+        top, total, out = walk(step, lists[ids], counts[ids], (*start, jnp.zeros_like(rows, dtype)))
+        some = total > 0
+        total = jnp.where(some, total, 1)
+        return (out / total[..., None]).astype(q.dtype), jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+
+    out, lse = by_length(some_tiles, count)
+    return out.reshape(q.shape), lse.reshape(H, R)
+
+
+def backward(
+    q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, *, tile, block, group, scale
+):
+    """See `reference.backward`. The weights are formed again from lse, once by tile and once by key block."""
+    (H, R, D), HK = q.shape, k.shape[0]
+    T, n = R // tile, k.shape[1] // block
+    dtype = wide(q.dtype)
+    # d logits = P * (d_out v^T - shift)
+    shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), -1) - d_lse.astype(dtype)
+    lse = jnp.where(lse > -jnp.inf, lse, UNSEEN).astype(dtype)
+    q_tiles, do_tiles = (x.reshape(H * T, tile, D) for x in (q, d_out))
+    lse_tiles, shift_tiles = (x.reshape(H * T, tile, 1) for x in (lse, shift))
+    k_blocks, v_blocks = (x.reshape(HK * n, block, D) for x in (k, v))
+
+    def weights(tiles, keys, values, limits, blocks, used):
+        """(P, d logits) `[G, tile, block]` of flat tiles and given keys."""
+        t = blocks[:, None] * block + jnp.arange(block)
+        seen = used & (t[:, None] < limits[..., None])
+        x = product("grd,gsd->grs", q_tiles[tiles], keys) * scale
+        p = jnp.exp(jnp.where(seen, x, NEVER) - lse_tiles[tiles])
+        return p, p * (product("grd,gsd->grs", do_tiles[tiles], values) - shift_tiles[tiles]) * scale
+
+    def some_tiles(ids):
+        heads = ids // T
+        first = heads // (H // HK) * n
+        limits = row_limits(offset, length, heads, ids % T, tile=tile, group=group)
+
+        def step(blocks, used, dq):
+            keys, values = k_blocks[first + blocks], v_blocks[first + blocks]
+            _, dx = weights(ids, keys, values, limits, blocks, used)
+            return dq + product("grs,gsd->grd", dx.astype(k.dtype), keys)
+
+        start = jnp.zeros_like(q_tiles[ids], dtype)
+        return walk(step, index.reshape(H * T, -1)[ids], count.reshape(-1)[ids], start)
+
+    def some_blocks(ids):
+        heads, blocks = ids // n, ids % n
+        own = heads // (H // HK) * n + blocks
+        keys, values = k_blocks[own], v_blocks[own]
+
+        def step(tiles, used, state):
+            dk, dv = state
+            limits = row_limits(offset, length, heads, tiles, tile=tile, group=group)
+            tiles = heads * T + tiles
+            p, dx = weights(tiles, keys, values, limits, blocks, used)
+            dk += product("grs,grd->gsd", dx.astype(q.dtype), q_tiles[tiles])
+            return dk, dv + product("grs,grd->gsd", p.astype(d_out.dtype), do_tiles[tiles])
+
+        start = jnp.zeros_like(keys, dtype), jnp.zeros_like(values, dtype)
+        return walk(step, index_t.reshape(H * n, -1)[ids], count_t.reshape(-1)[ids], start)
+
+    dq = by_length(some_tiles, count).reshape(q.shape).astype(q.dtype)
+    # The query heads of a key head add up.
+    dk, dv = (x.reshape(HK, H // HK, *k.shape[1:]).sum(1) for x in by_length(some_blocks, count_t))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def scores_by_tile(reduce, q, kbar, offset, length, *, tile, block, group, rule):
+    """`reduce(x [tile, n], seen [tile, n])` of each tile, `[H, T, ...]`; x = <q_r, kbar_j> in float32 at least."""
+    (H, R, D), (HK, n, _) = q.shape, kbar.shape
+    T = R // tile
+    q_tiles = q.reshape(H * T, tile, D)
+
+    def of_tile(i):
+        head = i // T
+        position = offset[head] + (i % T * tile + jnp.arange(tile, dtype=jnp.int32)) // group
+        valid = position < length[head]
+        # A row sees the blocks below its limit.
+        limit = (position + 1) // block
+        if rule == "first":
+            limit = jnp.minimum(position // block + 1, (jnp.where(valid, position, -1).max() + 1) // block)
+        seen = jnp.arange(n) < jnp.where(valid, limit, 0)[:, None]
+        return reduce(product("rd,nd->rn", q_tiles[i], kbar[head // (H // HK)]), seen)
+
+    at_once = max(1, min(H * T, SCORES_AT_ONCE // (tile * n)))
+    results = jax.lax.map(of_tile, jnp.arange(H * T, dtype=jnp.int32), batch_size=at_once)
+    return jax.tree.map(lambda x: x.reshape(H, T, *x.shape[1:]), results)
+
+
+def energy(q, kbar, offset, length, *, scale, **static):
+    """See `reference.energy`."""
+
+    def reduce(x, seen):
+        top = jnp.where(seen, x, NEVER).max(0)
+        # The difference is scaled, not x: rounded where it is small.
+        total = jnp.where(seen, jnp.exp2((x - top) * (scale * LOG2_E)), 0).sum(0)
+        return total, jnp.where(top > NEVER, top * (scale * LOG2_E), -jnp.inf)
+
+    return scores_by_tile(reduce, q, kbar, offset, length, **static)
+
+
+def row_energy(q, kbar, offset, length, *, scale, **static):
+    """See `reference.row_energy`."""
+
+    def reduce(x, seen):
+        top = jnp.where(seen, x, NEVER).max(1, keepdims=True)
+        p = jnp.where(seen, jnp.exp((x - top) * scale), 0)
+        p = p / jnp.maximum(p.sum(1, keepdims=True), 1)
+        return p.sum(0), jnp.where(seen.any(0), 0.0, -jnp.inf).astype(p.dtype)
+
+    return scores_by_tile(reduce, q, kbar, offset, length, **static)

@@ -1,0 +1,118 @@
+"""Newton-Schulz orthogonalisation, the step of Muon: singular values go to about 1, singular vectors stay."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rollax.kernels.ttt.dispatch import backend, choose
+
+MUON5 = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)  # a schedule: singular values end in about [0.98, 1.11] (LaCT language models, arXiv 2505.23884)
+FIXED5 = ((3.4445, -4.7750, 2.0315),) * 5  # the same triple five times: about [0.68, 1.15] (LaCT novel views)
+
+
+def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None, impl=None, explain=False):
+    """X_0 = g / (|g|_F + eps); X <- a X + (b A + c A A) X with A = X X^T, once for each (a, b, c) of `coeffs`.
+
+    Maps every non-zero matrix to unit scale, however small, and zero to zero. The gradient is exact and finite at zero.
+
+    Args:
+      g: `[..., m, n]`, any leading axes.
+      coeffs: triples, static: `MUON5`, `FIXED5`, or others.
+      dtype: of the iteration, such as "bfloat16" (what the authors run); None for that of g.
+      implementation: see `rollax.kernels.backends`, "reference" is "xla"; `impl` is the same.
+      explain: print which and why.
+    Returns:
+      `[..., m, n]` in g's dtype.
+    Raises:
+      ValueError: g is no matrix, coefficients that are no triples.
+    """
+    g = jnp.asarray(g)
+    coeffs = tuple(tuple(float(x) for x in triple) for triple in coeffs)
+    if g.ndim < 2:
+        raise ValueError(f"g must be [..., m, n], got {g.shape}")
+    if not coeffs or any(len(triple) != 3 for triple in coeffs):
+        raise ValueError(f"coeffs must be triples (a, b, c), got {coeffs}")
+    chosen = choose("newton_schulz", implementation or impl, explain, lambda kernels: refusal(kernels, g, coeffs))
+    dtype = None if dtype is None else jnp.dtype(dtype).name
+    return iterate(g.reshape(-1, *g.shape[-2:]), chosen, coeffs, eps, dtype).reshape(g.shape)
+
+
+def refusal(kernels, g, coeffs):
+    """Why a module of kernels cannot orthogonalise g, None if it can."""
+    if not hasattr(kernels, "newton_schulz"):
+        return "it has no newton_schulz"
+    return kernels.newton_schulz_refusal(g, coeffs)
+
+
+def newton_schulz_of(chosen):
+    """`newton_schulz` beside other operators of an implementation: in "xla" where its kernels refuse."""
+
+    def run(g, *, coeffs, dtype):
+        fits = chosen in ("reference", "xla") or refusal(backend(chosen)[0], g, coeffs) is None
+        return newton_schulz(g, coeffs=coeffs, dtype=dtype, implementation=chosen if fits else "xla")
+
+    return run
+
+
+def iterates(g, coeffs, eps, dtype):
+    """(X_n, X_0 ... X_(n-1) in `dtype`, the norm `[..., 1, 1]` in g's). A loop, because unrolled it compiles longer."""
+
+    def body(x, triple):
+        a, b, c = triple
+        A = x @ x.mT
+        return a * x + (b * A + c * (A @ A)) @ x, x
+
+    norm = jnp.sqrt(jnp.sum(g * g, (-2, -1), keepdims=True))
+    start = (g / (norm + eps)).astype(dtype or g.dtype)
+    return *jax.lax.scan(body, start, jnp.asarray(coeffs, start.dtype)), norm
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def iterate(g, chosen, coeffs, eps, dtype):
+    """`newton_schulz` of checked g `[M, m, n]`."""
+    if chosen in ("reference", "xla"):
+        transpose = g.shape[-2] > g.shape[-1]  # A is the smaller of the two Gram matrices
+        out = iterates(g.mT if transpose else g, coeffs, eps, dtype)[0].astype(g.dtype)
+        return out.mT if transpose else out
+    module, more = backend(chosen)
+    return module.newton_schulz(g, coeffs=coeffs, eps=eps, dtype=dtype, **more)
+
+
+def forward(g, *how):
+    return iterate(g, *how), g
+
+
+def backward(chosen, coeffs, eps, dtype, g, d):
+    if chosen in ("reference", "xla"):
+        transpose = g.shape[-2] > g.shape[-1]
+        d_g = pull_back(g.mT if transpose else g, d.mT if transpose else d, coeffs, eps, dtype)
+        return (d_g.mT if transpose else d_g,)
+    module, more = backend(chosen)
+    return (module.newton_schulz_backward(g, d, coeffs=coeffs, eps=eps, dtype=dtype, **more),)
+
+
+iterate.defvjp(forward, backward)
+
+
+def pull_back(g, d, coeffs, eps, dtype):
+    """Cotangent of g from that of its last iterate; all iterates are computed again."""
+    last, xs, norm = iterates(g, coeffs, eps, dtype)
+
+    def body(d, step):
+        (a, b, c), x = step
+        A = x @ x.mT
+        dB = d @ x.mT
+        dA = b * dB + c * (dB @ A + A @ dB)
+        return a * d + (b * A + c * (A @ A)) @ d + (dA + dA.mT) @ x, None
+
+    d, _ = jax.lax.scan(body, d.astype(last.dtype), (jnp.asarray(coeffs, last.dtype), xs), reverse=True)
+    d = d.astype(g.dtype)
+    along = jnp.sum(g * d, (-2, -1), keepdims=True)
+    return d / (norm + eps) - g * along / (jnp.where(norm > 0, norm, 1) * (norm + eps) ** 2)

@@ -1,0 +1,410 @@
+"""Version 1 of FlashPrefill: values and gradients computed with the authors' kernels, limits, transformations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from jax.test_util import check_grads
+
+from rollax.kernels.flash_prefill import (
+    FlashPrefillConfig,
+    PackedPrefillConfig,
+    block_energy,
+    block_sparse_attention,
+    compact_index,
+    dense_attention,
+    dense_mask,
+    flash_prefill,
+    flash_prefill_packed,
+    mean_pool,
+    select_blocks,
+    window_attention,
+    window_mask,
+)
+from rollax.tests.support import GOLDEN
+
+IMPLEMENTATIONS = ["reference", "xla", "interpret"]
+ARRAYS = dict(np.load(GOLDEN / "flashprefill.npz"))
+SMALL = FlashPrefillConfig(alpha=0.6, block_size=8, sink_blocks=1, window_blocks=1, last_full_blocks=0)
+
+
+def case_of(name):
+    """(arrays of a case, its selection), `name` such as "v1a strict"."""
+    prefix, variant = name.split()
+    arrays = {key.removeprefix(f"{prefix}_"): x for key, x in ARRAYS.items() if key.startswith(f"{prefix}_")}
+    numbers = ("block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_budget")
+    cfg = FlashPrefillConfig(
+        alpha=float(arrays["alpha"]),
+        mask_padding=variant == "strict",
+        **{key: int(arrays[key]) for key in numbers if key in arrays},
+    )
+    return arrays | {
+        key.removeprefix(f"{variant}_"): x for key, x in arrays.items() if key.startswith(f"{variant}_")
+    }, cfg
+
+
+def random_qkv(seed=0, S=40, HQ=4, HK=2, D=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((S, HQ, D), (S, HK, D), (S, HK, D))
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def plain_attention(q, k, v, mask):
+    """Masked softmax attention in NumPy, float64; mask `[HQ, S, S]`. Returns (out, lse)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    logits = np.where(mask, np.einsum("shd,thd->hst", q, k) / np.sqrt(q.shape[-1]), -np.inf)
+    lse = np.log(np.exp(logits).sum(-1))
+    return np.einsum("hst,thd->shd", np.exp(logits - lse[..., None]), v), lse.T
+
+
+def token_mask(mask, block, S):
+    full = np.repeat(np.repeat(np.asarray(mask), block, -1), block, -2)[..., :S, :S]
+    return full & np.tril(np.ones((S, S), bool))
+
+
+attend = jax.jit(block_sparse_attention, static_argnames=("block_size", "implementation"))
+dense = jax.jit(dense_attention, static_argnames=("block_size", "implementation"))
+run = jax.jit(flash_prefill, static_argnames=("cfg", "slots", "correction", "dense_on_overflow", "implementation"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "name", [f"v1{letter} strict" for letter in "abcdefg"] + [f"v1{letter} upstream" for letter in "bcfg"]
+)
+def test_golden_outputs(name, implementation):
+    arrays, cfg = case_of(name)
+    q, k, v = (arrays[x] for x in "qkv")
+    out, stats = run(q, k, v, cfg, implementation=implementation)
+    np.testing.assert_allclose(out, arrays["out"], rtol=0, atol=5e-6)
+    n = arrays["mask"].shape[-1]
+    np.testing.assert_allclose(stats.density, arrays["mask"].sum() / (len(arrays["mask"]) * n * (n + 1) / 2), rtol=1e-6)
+    assert not stats.overflow
+    if "lse" in arrays:
+        index = compact_index(jnp.asarray(arrays["mask"]), n)
+        out, lse = attend(q, k, v, index, block_size=cfg.block_size, implementation=implementation)
+        np.testing.assert_allclose(out, arrays["out"], rtol=0, atol=5e-6)
+        np.testing.assert_allclose(lse, arrays["lse"], rtol=1e-6, atol=5e-6)
+        assert lse.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["v1a strict", "v1b strict", "v1f strict"])
+def test_golden_dense_outputs(name, implementation):
+    arrays, cfg = case_of(name)
+    qkv = tuple(arrays[x] for x in "qkv")
+    out, _ = dense(*qkv, block_size=cfg.block_size, implementation=implementation)
+    np.testing.assert_allclose(out, arrays["dense_out"], rtol=0, atol=5e-6)
+    everything = FlashPrefillConfig(alpha=0.0, block_size=cfg.block_size, sink_blocks=0, window_blocks=1)
+    out, stats = run(*qkv, everything, implementation=implementation)
+    np.testing.assert_allclose(out, arrays["dense_out"], rtol=0, atol=5e-6)
+    assert stats.density == 1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_golden_gradients(implementation):
+    arrays, cfg = case_of("v1a strict")
+
+    def loss(q, k, v):
+        return jnp.sum(flash_prefill(q, k, v, cfg, implementation=implementation)[0] * arrays["do"])
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(arrays["q"], arrays["k"], arrays["v"])
+    for gradient, name in zip(gradients, ("dq", "dk", "dv"), strict=True):
+        expected = arrays[name]
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("variant", ["strict", "upstream"])
+def test_golden_variable_lengths(variant):
+    arrays, cfg = case_of(f"v1h {variant}")
+    ends = arrays["cu_seqlens"]
+    lengths = np.diff(ends)
+    room = -(-lengths.max() // cfg.block_size) * cfg.block_size
+    padded = [
+        np.stack([np.pad(x, ((0, room - len(x)), (0, 0), (0, 0)), constant_values=7) for x in np.split(x, ends[1:-1])])
+        for x in (arrays["q"], arrays["k"], arrays["v"])
+    ]
+    prefill = lambda q, k, v, length: flash_prefill(q, k, v, cfg, length=length)[0]  # noqa: E731
+    out = jax.jit(jax.vmap(prefill))(*padded, lengths)
+    np.testing.assert_allclose(
+        np.concatenate([x[:length] for x, length in zip(out, lengths, strict=True)]), arrays["out"], rtol=0, atol=5e-6
+    )
+    assert all((x[length:] == 0).all() for x, length in zip(out, lengths, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_windows_are_a_mask(implementation):
+    q, k, v = random_qkv(S=60)
+    window = partial(window_attention, sink_blocks=1, window_blocks=2, block_size=8, implementation=implementation)
+    out, lse = jax.jit(window)(q, k, v)
+    mask = np.broadcast_to(token_mask(window_mask(8, 1, 2), 8, 60), (4, 60, 60))
+    expected, expected_lse = plain_attention(q, k, v, mask)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_without_keys(implementation):
+    q, k, v = random_qkv()
+    mask = jnp.zeros((4, 5, 5), bool).at[1, 2, 1].set(True)
+    index = compact_index(mask, 5)
+
+    def f(q, k, v):
+        return attend(q, k, v, index, block_size=8, implementation=implementation)
+
+    out, lse = f(q, k, v)
+    some = np.zeros((40, 4), bool)
+    some[16:24, 1] = True
+    assert (np.asarray(lse) > -np.inf).tolist() == some.tolist()
+    assert (np.asarray(out)[~some] == 0).all()
+    np.testing.assert_allclose(lse[some], jax.nn.logsumexp(q[16:24, 1] @ k[8:16, 0].T / 8**0.5, -1), rtol=1e-5)
+    loss = lambda *x: sum(jnp.where(some, y, 0).sum() for y in (f(*x)[0].sum(-1), f(*x)[1]))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+    assert all(jnp.isfinite(x).all() for x in gradients)
+    assert (np.asarray(gradients[0])[~some] == 0).all() and (gradients[0][16:24, 1] != 0).any()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_gradients_are_finite_differences(implementation):
+    with jax.enable_x64(True):
+        q, k, v = random_qkv(seed=5, S=21, D=4, dtype=jnp.float64)
+        cfg = FlashPrefillConfig(alpha=0.6, block_size=4, sink_blocks=1, window_blocks=1, last_full_blocks=0)
+        mask = select_blocks(block_energy(q, mean_pool(k, 4), cfg), cfg)
+        index = compact_index(mask, 6)
+        assert 0.3 < mask.sum() / 84 < 0.9
+
+        def f(q, k, v, corrected):
+            means = dict(kbar=mean_pool(k, 4), vbar=mean_pool(v, 4)) if corrected else {}
+            out, lse = attend(q, k, v, index, block_size=4, implementation=implementation, **means)
+            return out, jnp.sin(lse)
+
+        for corrected in (False, True):
+            assert f(q, k, v, corrected)[0].dtype == jnp.float64
+            check_grads(
+                partial(f, corrected=corrected), (q, k, v), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-5
+            )
+
+
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_implementations_have_one_gradient(implementation, correction):
+    q, k, v = random_qkv(seed=6, S=60)
+    weights = jax.random.normal(jax.random.key(7), q.shape)
+
+    def gradients(implementation):
+        def loss(q, k, v):
+            out, _ = flash_prefill(q, k, v, SMALL, correction=correction, implementation=implementation)
+            return jnp.sum(weights * out)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    for a, b in zip(gradients(implementation), gradients("reference"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_no_gradient_through_the_selection(implementation):
+    """The gradient is that of attention under the selected mask, as if it were given."""
+    q, k, v = random_qkv(seed=8)
+    index = compact_index(select_blocks(block_energy(q, mean_pool(k, 8), SMALL), SMALL), 5)
+    how = dict(implementation=implementation)
+    selected = jax.grad(lambda *x: (run(*x, SMALL, **how)[0] ** 2).sum(), (0, 1, 2))(q, k, v)
+    given = jax.grad(lambda *x: (attend(*x, index, block_size=8, **how)[0] ** 2).sum(), (0, 1, 2))
+    for a, b in zip(selected, given(q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("correction", [False, True])
+def test_later_blocks_never_matter(correction):
+    """Changes from token 24 on, a block boundary, leave all outputs before it as they are, bit for bit."""
+    first, second = random_qkv(seed=9), random_qkv(seed=10)
+    mixed = tuple(jnp.concatenate([a[:24], b[24:]]) for a, b in zip(first, second, strict=True))
+    a, b = (run(*x, SMALL, correction=correction)[0] for x in (first, mixed))
+    np.testing.assert_array_equal(a[:24], b[:24])
+    assert (a[24:] != b[24:]).all(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_correction_is_exact_for_constant_blocks(implementation):
+    q, k, v = random_qkv(seed=11, S=64)
+    k, v = (jnp.repeat(x[::8], 8, axis=0) for x in (k, v))
+    cfg = FlashPrefillConfig(alpha=1.0, block_size=8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+    exact, exact_lse = dense(q, k, v, block_size=8, implementation=implementation)
+    sparse, stats = run(q, k, v, cfg, implementation=implementation)
+    corrected, _ = run(q, k, v, cfg, correction=True, implementation=implementation)
+    assert stats.density < 0.5
+    assert jnp.abs(sparse - exact).max() > 0.1
+    np.testing.assert_allclose(corrected, exact, rtol=0, atol=5e-6)
+    index = compact_index(jnp.broadcast_to(jnp.eye(8, dtype=bool), (4, 8, 8)), 1)
+    means = dict(kbar=mean_pool(k, 8), vbar=mean_pool(v, 8))
+    out, lse = attend(q, k, v, index, block_size=8, implementation=implementation, **means)
+    np.testing.assert_allclose(out, exact, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(lse, exact_lse, rtol=0, atol=5e-6)
+
+
+def test_overflow_is_reported_and_may_fall_back():
+    q, k, v = random_qkv(seed=12)
+    cfg = FlashPrefillConfig(alpha=0.0, block_size=8, sink_blocks=1, window_blocks=1, last_full_blocks=0)
+    full, stats = run(q, k, v, cfg)
+    assert not stats.overflow
+    cut, stats = run(q, k, v, cfg, slots=3)
+    assert stats.overflow and stats.density == 1
+    np.testing.assert_allclose(cut[:24], full[:24], rtol=0, atol=1e-6)  # three blocks and fewer fit
+    assert jnp.abs(cut[24:] - full[24:]).max() > 0.01
+    saved, stats = run(q, k, v, cfg, slots=3, dense_on_overflow=True)
+    assert stats.overflow
+    np.testing.assert_allclose(saved, full, rtol=0, atol=1e-6)
+    sparse = FlashPrefillConfig(alpha=1.0, block_size=8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+    few, stats = run(q, k, v, sparse, slots=3, dense_on_overflow=True)
+    assert not stats.overflow
+    np.testing.assert_allclose(few, run(q, k, v, sparse)[0], rtol=0, atol=1e-6)
+
+
+def prefills(implementation):
+    packed = PackedPrefillConfig(
+        alpha=0.6, block_size=8, tile_rows=8, sink_blocks=1, window_blocks=1, last_full_tiles=0
+    )
+    return {
+        "v1": lambda q, k, v: flash_prefill(q, k, v, SMALL, correction=True, implementation=implementation)[0],
+        "v2": lambda q, k, v: flash_prefill_packed(q, k, v, packed, implementation=implementation)[0],
+        "dense": lambda q, k, v: dense_attention(q, k, v, block_size=8, implementation=implementation)[0],
+    }
+
+
+def batch_of(B=2):
+    each = [random_qkv(seed=20 + b, HQ=8, HK=4) for b in range(B)]
+    return tuple(jnp.stack(x) for x in zip(*each, strict=True))
+
+
+def loss_of(prefill, q, k, v):
+    out = jax.vmap(prefill)(q, k, v)
+    return jnp.sum(out * jnp.cos(jnp.arange(out[0].size).reshape(out.shape[1:])))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "dense"])
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_jit_and_vmap_change_nothing(implementation, version):
+    prefill, qkv = jax.jit(prefills(implementation)[version]), batch_of()
+    alone = [prefill(*(x[b] for x in qkv)) for b in range(2)]
+    batched = jax.jit(jax.vmap(prefill))(*qkv)
+    np.testing.assert_allclose(batched, jnp.stack(alone), rtol=0, atol=2e-6)
+    # Twice over, keys shared along one of the axes.
+    q, k, v = qkv
+    nested = jax.jit(jax.vmap(jax.vmap(prefill, in_axes=(0, None, None)), in_axes=(None, 0, 0)))(q, k, v)
+    np.testing.assert_allclose(nested[1, 1], alone[1], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(nested[0, 1], prefill(q[1], k[0], v[0]), rtol=0, atol=2e-6)
+    gradients = jax.jit(jax.grad(partial(loss_of, prefill), argnums=(0, 1, 2)))(*qkv)
+    alone = jax.jit(jax.grad(partial(loss_of, prefill), argnums=(0, 1, 2)))
+    for b in range(2):
+        one = alone(*(x[b : b + 1] for x in qkv))
+        for x, y in zip(gradients, one, strict=True):
+            np.testing.assert_allclose(x[b], y[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "dense"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_devices_change_nothing(implementation, version):
+    """`shard_map` over batch and heads on 2 x 4 devices."""
+    prefill, qkv = prefills(implementation)[version], batch_of()
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("batch", "heads"))
+    spec = PartitionSpec("batch", None, "heads")
+    sharded = partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3)
+    out = jax.jit(sharded(jax.vmap(prefill), out_specs=spec))(*qkv)
+    np.testing.assert_allclose(out, jax.jit(jax.vmap(prefill))(*qkv), rtol=0, atol=2e-6)
+
+    gradient = lambda q, k, v: jax.grad(lambda *x: jnp.sum(jax.vmap(prefill)(*x) ** 2), (0, 1, 2))(q, k, v)  # noqa: E731
+    for a, b in zip(jax.jit(sharded(gradient, out_specs=(spec,) * 3))(*qkv), jax.jit(gradient)(*qkv), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
+def test_bfloat16_accumulates_in_float32(implementation):
+    narrow = random_qkv(seed=30, S=128, D=16, dtype=jnp.bfloat16)
+    cfg = FlashPrefillConfig(alpha=0.5, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=0)
+    out, lse = dense(*narrow, block_size=16, implementation=implementation)
+    expected, expected_lse = dense(*(x.astype(jnp.float32) for x in narrow), block_size=16)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=0, atol=0.02)
+    out, _ = run(*narrow, cfg, correction=True, implementation=implementation)
+    gradients = jax.grad(
+        lambda *x: jnp.sum(dense(*x, block_size=16, implementation=implementation)[0].astype(jnp.float32) ** 2),
+        (0, 1, 2),
+    )
+    wide = jax.grad(lambda *x: jnp.sum(dense(*x, block_size=16)[0] ** 2), (0, 1, 2))
+    assert out.dtype == jnp.bfloat16 and jnp.isfinite(out.astype(jnp.float32)).all()
+    for a, b in zip(gradients(*narrow), wide(*(x.astype(jnp.float32) for x in narrow)), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=0.02 * float(jnp.abs(b).max()))
+
+
+def test_memory_follows_the_lists_not_the_square():
+    S, cfg = 4096, FlashPrefillConfig(alpha=0.1, block_size=64)
+    shape = jax.ShapeDtypeStruct((S, 2, 16), "float32")
+
+    def temporary(implementation):
+        f = lambda q, k, v: jnp.sum(flash_prefill(q, k, v, cfg, correction=True, implementation=implementation)[0])  # noqa: E731
+        compiled = jax.jit(jax.grad(f, argnums=(0, 1, 2))).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    square = 4 * 2 * S * S
+    assert temporary("xla") < square / 4 < square < temporary("reference")
+
+
+def test_traced_length_is_a_shorter_prompt():
+    q, k, v = random_qkv(seed=40)
+    for length in (40, 29, 8, 3, 0):
+        out, stats = run(q, k, v, SMALL, length=length, correction=True)
+        assert (out[length:] == 0).all()
+        if length:
+            short, expected = run(*(x[:length] for x in (q, k, v)), SMALL, correction=True)
+            np.testing.assert_allclose(out[:length], short, rtol=0, atol=2e-6)
+            np.testing.assert_allclose(stats.density, expected.density, rtol=1e-6)
+
+
+def test_explain_names_the_implementation(capsys):
+    flash_prefill(*random_qkv(), SMALL, implementation="xla", explain=True)
+    dense_attention(*random_qkv(), block_size=8, explain=True)
+    assert capsys.readouterr().out.splitlines()[0].startswith("flash_prefill: xla")
+
+
+Q, K = jnp.zeros((32, 4, 8)), jnp.zeros((32, 2, 8))
+INDEX = compact_index(jnp.broadcast_to(dense_mask(4), (4, 4, 4)), 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: flash_prefill(Q, jnp.zeros((32, 3, 8)), jnp.zeros((32, 3, 8)), SMALL),
+            "multiple of key heads, got 4 and 3",
+        ),
+        (lambda: flash_prefill(Q, jnp.zeros((32, 2, 4)), jnp.zeros((32, 2, 4)), SMALL), "one width, got 8 and 4"),
+        (lambda: flash_prefill(Q, K, K[:, :1], SMALL), "k and v must have one shape"),
+        (lambda: flash_prefill(Q, K[:16], K[:16], SMALL), "as many tokens, got 32 and 16"),
+        (lambda: flash_prefill(Q[None], K[None], K[None], SMALL), r"q must be \[tokens, heads, width\]"),
+        (lambda: flash_prefill(Q.astype(int), K, K, SMALL), "q must be floating point, got int"),
+        (lambda: flash_prefill(Q, K, K, SMALL, slots=5), r"slots must be in \[1, 4\].* got 5"),
+        (lambda: flash_prefill(Q, K, K, SMALL, length=33), r"length must be in \[0, 32\], got 33"),
+        (lambda: flash_prefill(Q, K, K, SMALL, implementation="fast"), "implementation must be one of .* got 'fast'"),
+        (lambda: flash_prefill(Q, K, K, SMALL, scale=-1.0), "scale must be positive, got -1.0"),
+        (lambda: block_sparse_attention(Q, K, K, INDEX, block_size=16), r"index must be \[4, 2, slots\]"),
+        (lambda: block_sparse_attention(Q, K, K, INDEX, block_size=12), "block_size must be a power of two, got 12"),
+        (
+            lambda: block_sparse_attention(Q, K, K, INDEX, block_size=8, kbar=K[:4]),
+            "kbar and vbar must be given together",
+        ),
+        (
+            lambda: block_sparse_attention(Q, K, K, INDEX, block_size=8, kbar=K[:3], vbar=K[:3]),
+            r"kbar must be \(4, 2, 8\), got \(3, 2, 8\)",
+        ),
+        (lambda: dense_attention(Q, K, K, block_size=0), "block_size must be a power of two, got 0"),
+        (lambda: window_attention(Q, K, K, window_blocks=0), "window_blocks must be at least 1, got 0"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

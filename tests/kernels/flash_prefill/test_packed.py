@@ -1,0 +1,187 @@
+"""Version 2 of FlashPrefill (packed tiles, prefix, mean correction): golden values, limits, chunks of one prompt."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from rollax.kernels.flash_prefill import (
+    PackedPrefillConfig,
+    dense_attention,
+    flash_prefill_packed,
+    mean_pool,
+    packed_energy,
+    score,
+    select_packed,
+)
+from rollax.tests.support import GOLDEN
+
+IMPLEMENTATIONS = ["reference", "xla", "interpret"]
+ARRAYS = dict(np.load(GOLDEN / "flashprefill.npz"))
+DENSE = PackedPrefillConfig(alpha=0.0, block_size=8, tile_rows=8, sink_blocks=0, window_blocks=1, last_full_tiles=0)
+SPARSE = PackedPrefillConfig(alpha=1.0, block_size=8, tile_rows=8, sink_blocks=0, window_blocks=1, last_full_tiles=0)
+run = jax.jit(flash_prefill_packed, static_argnames=("cfg", "slots", "correction", "implementation"))
+
+
+def case_of(name):
+    """(arrays of a case, its selection, prefix)."""
+    arrays = {key.removeprefix(f"{name}_"): x for key, x in ARRAYS.items() if key.startswith(f"{name}_")}
+    numbers = ("block_size", "tile_rows", "sink_blocks", "window_blocks", "last_full_tiles")
+    cfg = PackedPrefillConfig(alpha=float(arrays["alpha"]), **{key: int(arrays[key]) for key in numbers})
+    return arrays, cfg, len(arrays["k"]) - len(arrays["q"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["v2a", "v2b", "v2c"])
+def test_golden_selection(name, implementation):
+    arrays, cfg, prefix = case_of(name)
+    kbar = mean_pool(arrays["k"], cfg.block_size)
+    np.testing.assert_allclose(kbar, arrays["key_mean"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(mean_pool(arrays["v"], cfg.block_size), arrays["value_mean"], rtol=0, atol=1e-6)
+    energy = packed_energy(arrays["q"], kbar, cfg, prefix=prefix, implementation=implementation)
+    sparse = (arrays["energy"] > 0).any(-1)  # the others are dense by decree and not scored there
+    expected = arrays["energy"][sparse]
+    np.testing.assert_allclose(score(energy)[sparse], expected, rtol=0, atol=1e-6 * expected.max())
+    np.testing.assert_allclose(energy.max.max(-1)[sparse], arrays["tile_max_log2"][sparse], rtol=1e-6, atol=2e-6)
+    group = arrays["q"].shape[1] // arrays["k"].shape[1]
+    mask = np.asarray(select_packed(energy, cfg, group=group, length=len(arrays["q"]), prefix=prefix))
+    np.testing.assert_array_equal(mask, arrays["mask"])
+    # The published lists count keys in units of 64; of the last block only those that hold keys.
+    per_block, units = cfg.block_size // 64, -(-len(arrays["k"]) // 64)
+    fine = np.repeat(mask, per_block, axis=-1)[..., :units].reshape(-1, units)
+    np.testing.assert_array_equal(np.concatenate([np.flatnonzero(x) for x in fine]), arrays["csr_idx64"])
+    np.testing.assert_array_equal(np.cumsum([0, *fine.sum(-1)]), arrays["csr_ptr64"])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["v2a", "v2b", "v2c"])
+def test_golden_energies_in_double_precision(name, implementation):
+    arrays, cfg, prefix = case_of(name)
+    with jax.enable_x64(True):
+        q, k = (jnp.asarray(arrays[x], "float64") for x in "qk")
+        kbar = mean_pool(k, cfg.block_size)
+        energy = packed_energy(q, kbar, cfg, prefix=prefix, implementation=implementation)
+        sparse = (arrays["energy"] > 0).any(-1)
+        np.testing.assert_allclose(score(energy)[sparse], arrays["energy"][sparse], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["v2a", "v2b", "v2c"])
+def test_golden_outputs(name, implementation):
+    arrays, cfg, prefix = case_of(name)
+    qkv = tuple(arrays[x] for x in "qkv")
+    for correction, expected in ((False, "out_sparse"), (True, "out_corrected")):
+        out, stats = run(*qkv, cfg, prefix=prefix, correction=correction, implementation=implementation)
+        np.testing.assert_allclose(out, arrays[expected], rtol=0, atol=5e-6)
+        assert not stats.overflow
+    # No queries more than this: nothing is left out, nothing is corrected.
+    whole = PackedPrefillConfig(
+        alpha=1.0, block_size=cfg.block_size, tile_rows=cfg.tile_rows, min_sparse_queries=len(qkv[0])
+    )
+    out, stats = run(*qkv, whole, prefix=prefix, implementation=implementation)
+    np.testing.assert_allclose(out, arrays["out_dense"], rtol=0, atol=5e-6)
+    assert stats.density == 1
+
+
+def test_correction_halves_the_golden_errors():
+    """Mean errors against dense attention as the card of the golden data reports them, to its three digits."""
+    published = {"v2a": (0.0138, 0.0060), "v2b": (0.0374, 0.0172), "v2c": (0.0409, 0.0246)}
+    for name, expected in published.items():
+        arrays, cfg, prefix = case_of(name)
+        errors = [
+            np.abs(run(*(arrays[x] for x in "qkv"), cfg, prefix=prefix, correction=c)[0] - arrays["out_dense"]).mean()
+            for c in (False, True)
+        ]
+        np.testing.assert_allclose(errors, expected, rtol=0, atol=6e-5)
+
+
+def random_qkv(seed=0, S=24, SK=48, HQ=6, HK=2, D=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((S, HQ, D), (SK, HK, D), (SK, HK, D))
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_chunks_of_a_prompt_are_the_prompt(implementation):
+    """Dense selection: a prompt read in chunks of traced prefix and length over one cache equals it read at once."""
+    q, k, v = random_qkv(S=48)
+    expected, _ = dense_attention(q, k, v, block_size=8, implementation="reference")
+    whole, stats = run(q, k, v, DENSE, implementation=implementation)
+    assert stats.density == 1
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=5e-6)
+    size = 20
+    for start in (0, 20, 40):
+        length = min(size, 48 - start)
+        # Rows beyond the length and keys beyond the prompt hold anything.
+        chunk = jnp.pad(q[start : start + length], ((0, size - length), (0, 0), (0, 0)), constant_values=9)
+        keys, values = (
+            jnp.pad(x[: start + length], ((0, 60 - start - length), (0, 0), (0, 0)), constant_values=9) for x in (k, v)
+        )
+        out, _ = run(chunk, keys, values, DENSE, prefix=start, length=length, implementation=implementation)
+        np.testing.assert_allclose(out[:length], expected[start : start + length], rtol=0, atol=5e-6)
+        assert (out[length:] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_correction_is_exact_for_constant_blocks(implementation):
+    q, k, v = random_qkv(seed=1)
+    k, v = (jnp.repeat(x[::8], 8, axis=0) for x in (k, v))
+    dense, _ = run(q, k, v, DENSE, prefix=24, implementation=implementation)
+    sparse, stats = run(q, k, v, SPARSE, prefix=24, correction=False, implementation=implementation)
+    corrected, _ = run(q, k, v, SPARSE, prefix=24, implementation=implementation)
+    assert stats.density < 0.7 and jnp.abs(sparse - dense).max() > 0.1
+    np.testing.assert_allclose(corrected, dense, rtol=0, atol=5e-6)
+
+
+def test_later_tiles_never_matter():
+    """4 positions a tile (2 heads of a key head): changes from position 16 on leave the outputs before bit for bit."""
+    first, second = (random_qkv(seed=seed, S=32, SK=32, HQ=4) for seed in (2, 3))
+    mixed = tuple(jnp.concatenate([a[:16], b[16:]]) for a, b in zip(first, second, strict=True))
+    a, b = (run(*x, SPARSE)[0] for x in (first, mixed))
+    np.testing.assert_array_equal(a[:16], b[:16])
+    assert (a[16:] != b[16:]).all(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_gradients_are_finite_differences(implementation):
+    """Through the sparse part, the mean keys and the mean values; the steps are too small to change the selection."""
+    with jax.enable_x64(True):
+        q, k, v = random_qkv(seed=4, S=13, SK=30, D=4, dtype=jnp.float64)
+        f = lambda q, k, v: flash_prefill_packed(q, k, v, SPARSE, prefix=17, implementation=implementation)[0]  # noqa: E731
+        assert f(q, k, v).dtype == jnp.float64
+        check_grads(f, (q, k, v), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6)
+
+
+def test_overflow_and_density():
+    q, k, v = random_qkv(seed=5)
+    _, stats = run(q, k, v, DENSE, prefix=24, slots=3)
+    assert stats.overflow and stats.density == 1
+    fall_back = partial(flash_prefill_packed, q, k, v, DENSE, prefix=24)
+    saved, stats = fall_back(slots=3, dense_on_overflow=True)
+    assert stats.overflow
+    np.testing.assert_allclose(saved, fall_back()[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefix": 25}, r"prefix must be in \[0, 24\], got 25"),
+        ({"prefix": -1}, r"prefix must be in \[0, 24\], got -1"),
+        ({"length": 25}, r"length must be in \[0, 24\], got 25"),
+        ({"slots": 7}, r"slots must be in \[1, 6\].* got 7"),
+        (
+            {"k": jnp.zeros((16, 2, 8)), "v": jnp.zeros((16, 2, 8))},
+            "k must hold the prefix and the 24 tokens of q, got 16",
+        ),
+        ({"k": jnp.zeros((48, 4, 8)), "v": jnp.zeros((48, 4, 8))}, "multiple of key heads, got 6 and 4"),
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"implementation": "triton"}, "implementation must be one of .* got 'triton'"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = dict(zip("qkv", random_qkv(), strict=True)) | {"cfg": DENSE} | change
+    with pytest.raises(ValueError, match=message):
+        flash_prefill_packed(**arguments)

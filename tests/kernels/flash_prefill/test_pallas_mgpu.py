@@ -1,0 +1,310 @@
+"""The Hopper kernels: in the GPU interpreter with race detection, lowered for CUDA, compiled for an H100, on a GPU."""
+
+import os
+import re
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from rollax.kernels.flash_prefill import pallas_mgpu, reference
+
+interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "force_gpu_interpret_mode"), reason="this jax has no GPU interpreter (0.12 has)"
+)
+SHARED_MEMORY = 227 * 1024  # bytes that a thread block of an H100 may use
+
+# Public figures of an H100 SXM, as the CUDA compiler wants them.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 }
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Case(NamedTuple):
+    """Query and key heads, rows, keys, head width; the rest as in the kernels. offset, length: one a query head."""
+
+    H: int
+    HK: int
+    R: int
+    S: int
+    D: int
+    tile: int
+    block: int
+    group: int
+    offset: tuple[int, ...]
+    length: tuple[int, ...]
+    dtype: type = jnp.bfloat16
+
+    @property
+    def static(self):
+        return dict(tile=self.tile, block=self.block, group=self.group, scale=self.D**-0.5)
+
+
+# Two warpgroups a tile, one a key block; a prefix; a length that cuts a block.
+SMALL = Case(2, 1, 128, 128, 64, 128, 64, 1, (20, 0), (128, 100))
+CASES = {
+    "two_warpgroups": Case(4, 2, 256, 384, 128, 128, 128, 1, (128, 100, 0, 7), (384, 356, 256, 70)),
+    "one_warpgroup": Case(2, 1, 128, 192, 64, 64, 64, 3, (150, 3), (192, 46)),
+    "packed": Case(2, 2, 256, 256, 64, 256, 128, 4, (192, 30), (256, 94)),
+    "float16": Case(2, 1, 128, 256, 128, 64, 128, 1, (128, 90), (256, 218), jnp.float16),
+}
+
+
+def lists(mask):
+    """Ascending ids and counts of a bool `[..., n]`; unused slots repeat the last id."""
+    count = mask.sum(-1).astype(np.int32)
+    ids = np.argsort(~mask, axis=-1, kind="stable").astype(np.int32)
+    last = np.take_along_axis(ids, np.maximum(count - 1, 0)[..., None], axis=-1)
+    index = np.where(np.arange(mask.shape[-1]) < count[..., None], ids, np.where(count[..., None] > 0, last, 0))
+    return jnp.asarray(index, jnp.int32), jnp.asarray(count)
+
+
+def make(case: Case, seed=0):
+    """(q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length); head 0's last tile lists nothing."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), case.dtype)  # noqa: E731
+    mask = rng.random((case.H, case.R // case.tile, case.S // case.block)) < 0.75
+    mask[0, -1] = False
+    arrays = normal(case.H, case.R, case.D), normal(case.HK, case.S, case.D), normal(case.HK, case.S, case.D)
+    d_out, d_lse = normal(case.H, case.R, case.D), jnp.asarray(rng.normal(size=(case.H, case.R)), jnp.float32)
+    ends = jnp.array(case.offset, jnp.int32), jnp.array(case.length, jnp.int32)
+    return *arrays, d_out, d_lse, *lists(mask), *lists(mask.swapaxes(1, 2)), *ends
+
+
+def close(got, expected, tolerance):
+    """Elementwise, relative to the largest expected value; infinities must agree."""
+    got, expected = (np.asarray(x.astype(jnp.float32)) for x in (got, expected))
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
+    finite = np.isfinite(expected)
+    bound = tolerance * np.abs(expected[finite]).max()
+    np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=bound)
+
+
+def check_attention(case: Case, **how):
+    q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length = make(case)
+    ends = (offset, length)
+    out, lse = pallas_mgpu.forward(q, k, v, index, count, *ends, **case.static, **how)
+    exact = tuple(x.astype(jnp.float32) for x in (q, k, v))
+    expected_out, expected_lse = reference.forward(*exact, index, count, *ends, **case.static)
+    assert jnp.isinf(lse).any() and jnp.isfinite(lse).any()  # rows of both kinds
+    assert not out[jnp.isinf(lse)].any()
+    assert (out.dtype, lse.dtype) == (case.dtype, jnp.float32)
+    # One rounding of the weights and one of the result, 2^-9 (bfloat16) or 2^-12 each, for the largest entry.
+    rounding = float(jnp.finfo(case.dtype).eps) / 2
+    close(out, expected_out, 2 * rounding)
+    close(lse, expected_lse, 1e-6)
+    saved = (out, lse, d_out, d_lse, index, count, index_t, count_t, *ends)
+    gradients = pallas_mgpu.backward(q, k, v, *saved, **case.static, **how)
+    exact_saved = (expected_out, expected_lse, d_out.astype(jnp.float32), *saved[3:])
+    for got, expected in zip(gradients, reference.backward(*exact, *exact_saved, **case.static), strict=True):
+        assert got.dtype == case.dtype
+        close(got, expected, 3 * rounding)  # and one more, of delta's out
+
+
+def check_energy(case: Case, rule):
+    q, k, _, _, _, _, _, _, _, offset, length = make(case)
+    exact = tuple(x.astype(jnp.float32) for x in (q, k))
+    mass, top = pallas_mgpu.energy(q, k, offset, length, rule=rule, **case.static)
+    expected_mass, expected_top = reference.energy(*exact, offset, length, rule=rule, **case.static)
+    assert jnp.isinf(top).any() and jnp.isfinite(top).any()
+    close(top, expected_top, 1e-6)
+    np.testing.assert_allclose(mass, expected_mass, rtol=2e-6)
+
+
+@pytest.fixture
+def interpreted():
+    """Runs GPU kernels on the CPU, with shared memory, barriers and copies simulated; a race raises."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@interpreter
+def test_attention_in_the_interpreter(interpreted):
+    check_attention(SMALL, interpretable=True)
+
+
+@interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_more_attention_in_the_interpreter(interpreted, name):
+    check_attention(CASES[name], interpretable=True)
+
+
+ENERGY = Case(2, 1, 128, 150, 64, 64, 2, 3, (80, 0), (100, 30))  # the keys are the means of 150 blocks of 2
+ENERGIES = {
+    "two_warpgroups": (Case(2, 2, 256, 200, 128, 128, 2, 1, (0, 90), (250, 200)), "last"),
+    "tile_in_parts": (Case(2, 1, 256, 150, 64, 256, 2, 4, (80, 0), (130, 60), jnp.float16), "first"),
+}
+
+
+@interpreter
+@pytest.mark.parametrize("rule", ["last", "first"])
+def test_energy_in_the_interpreter(interpreted, rule):
+    check_energy(ENERGY, rule)
+
+
+@interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENERGIES)
+def test_more_energy_in_the_interpreter(interpreted, name):
+    check_energy(*ENERGIES[name])
+
+
+@interpreter
+def test_energy_of_zero_queries(interpreted):
+    """All rows that see a block count 1 each: a whole tile below the diagonal, the last row on it."""
+    case = Case(1, 1, 192, 3, 64, 64, 64, 1, (0,), (192,))
+    q, kbar = jnp.zeros((1, 192, 64), jnp.bfloat16), jnp.ones((1, 3, 64), jnp.bfloat16)
+    mass, top = pallas_mgpu.energy(q, kbar, jnp.zeros(1, jnp.int32), jnp.array([192]), rule="last", **case.static)
+    np.testing.assert_array_equal(mass[0], [[1, 0, 0], [64, 1, 0], [64, 64, 1]])
+    np.testing.assert_array_equal(top[0], np.where(np.tri(3, dtype=bool), 0, -np.inf))
+
+
+def calls(case: Case, slots: int, struct):
+    """(function, argument types) of every kernel at the shapes of `case`."""
+    tiles, blocks = case.R // case.tile, case.S // case.block
+    q, k, mean = (struct((*s, case.D), case.dtype) for s in ((case.H, case.R), (case.HK, case.S), (case.HK, blocks)))
+    per_row, per_head = struct((case.H, case.R), jnp.float32), struct((case.H,), jnp.int32)
+    index, count = struct((case.H, tiles, slots), jnp.int32), struct((case.H, tiles), jnp.int32)
+    index_t, count_t = struct((case.H, blocks, slots), jnp.int32), struct((case.H, blocks), jnp.int32)
+    ends = (per_head, per_head)
+    saved = (q, per_row, q, per_row, index, count, index_t, count_t)
+    return {
+        "forward": (partial(pallas_mgpu.forward, **case.static), (q, k, k, index, count, *ends)),
+        "backward": (partial(pallas_mgpu.backward, **case.static), (q, k, k, *saved, *ends)),
+        "energy": (partial(pallas_mgpu.energy, rule="first", **case.static), (q, mean, *ends)),
+    }
+
+
+LOWERED = {"forward": 1, "backward": 2, "energy": 1}  # kernels in each
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_cuda_inside_shard_map_over_heads(name):
+    case = Case(8, 2, 512, 512, 128, 128, 128, 4, (), (), jnp.float16)
+    function, args = calls(case, 4, jax.ShapeDtypeStruct)[name]
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec("heads"), out_specs=PartitionSpec("heads"))
+    with use_abstract_mesh(mesh):
+        text = jax.jit(sharded).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == LOWERED[name]
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (dict(), None),
+        (dict(q_dtype=jnp.float16, k_dtype=jnp.float16, head_width=64, tile=64, block=192), None),
+        (dict(q_dtype=jnp.float32, k_dtype=jnp.float32), "bfloat16"),
+        (dict(k_dtype=jnp.float16), "bfloat16"),
+        (dict(head_width=96), "width"),
+        (dict(head_width=256), "width"),
+        (dict(tile=32), "multiples of 64"),
+        (dict(block=100), "multiples of 64"),
+        (dict(tile=1024), "at most 512"),
+    ],
+)
+def test_refusal(change, complaint):
+    call = dict(q_dtype=jnp.dtype("bfloat16"), k_dtype=jnp.dtype("bfloat16"), head_width=128, tile=128, block=128)
+    answer = pallas_mgpu.refusal(**(call | change))
+    assert answer is None if complaint is None else complaint in answer
+
+
+class Device(NamedTuple):
+    device_kind: str
+    compute_capability: str
+
+
+@pytest.mark.parametrize("cuda, complaint", [(12060, None), (12080, "CUDA"), (12090, "CUDA"), (12091, None)])
+def test_refuses_compilers_that_break_masks(monkeypatch, cuda, complaint):
+    monkeypatch.setattr(pallas_mgpu, "cuda_version", lambda: cuda)
+    answer = pallas_mgpu.refusal(jnp.bfloat16, jnp.bfloat16, 128, 128, 128, device=Device("NVIDIA H100", "9.0"))
+    assert answer is None if complaint is None else complaint in answer
+
+
+def test_refuses_other_gpus():
+    answer = pallas_mgpu.refusal(jnp.bfloat16, jnp.bfloat16, 128, 128, 128, device=Device("NVIDIA A100", "8.0"))
+    assert "Hopper" in answer and "A100" in answer
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_scale_must_be_positive(scale):
+    q, k, v, _, _, index, count, _, _, offset, length = make(SMALL)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        pallas_mgpu.forward(q, k, v, index, count, offset, length, **(SMALL.static | dict(scale=scale)))
+
+
+@pytest.fixture(scope="module")
+def h100():
+    """How arrays lie on an H100 that is not there."""
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
+    except Exception as error:
+        pytest.skip(f"no CUDA plug-in to compile with: {error}")
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # what it holds cannot be read back without a device
+    yield NamedSharding(Mesh(np.array([topology.devices[0]]), ("x",)), PartitionSpec())
+    jax.config.update("jax_enable_compilation_cache", cached)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("tokens", [32768, 131072])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", LOWERED)
+def test_compiles_for_h100(h100, capfd, monkeypatch, name, packed, tokens):
+    """Really assembled at 32 query and 8 key heads: registers enough, shared memory within the limit."""
+    monkeypatch.setitem(os.environ, "MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setitem(os.environ, "MOSAIC_GPU_DUMP_HOST_LLVM", "1")
+    heads, group = (8, 4) if packed else (32, 1)
+    case = Case(heads, 8, tokens * group, tokens, 128, 128, 128, group, (), ())
+    function, args = calls(case, 64, partial(jax.ShapeDtypeStruct, sharding=h100))[name]
+    with use_abstract_mesh(h100.mesh.abstract_mesh):
+        compiled = jax.jit(function).trace(*args).lower().compile()
+    said = "".join(capfd.readouterr())
+    spilled = [int(x) for x in re.findall(r"stack frame, (\d+) bytes spill stores", said)]
+    shared = [int(x) for x in re.findall(r"@mosaic_gpu_build_kernel_spec\(ptr %0, (?:i32 \d+, ){9}i32 (\d+)", said)]
+    print(f"{name}, group {group}, {tokens} tokens: {spilled} bytes spilled, {shared} of shared memory")
+    print(compiled.memory_analysis())
+    assert len(spilled) == len(shared) == LOWERED[name]
+    assert min(shared) > 0 and max(shared) <= SHARED_MEMORY
+    # The kernel of dk and dv is one register short where a key head has one head of rows.
+    assert sum(spilled) <= (4 if packed and name == "backward" else 0)
+
+
+@pytest.fixture
+def hopper():
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    if complaint := pallas_mgpu.refusal(jnp.bfloat16, jnp.bfloat16, 128, 128, 128):
+        pytest.skip(complaint)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_attention_on_the_gpu(hopper, name):
+    check_attention(CASES[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ENERGIES)
+def test_energy_on_the_gpu(hopper, name):
+    check_energy(*ENERGIES[name])

@@ -1,0 +1,247 @@
+"""The Hopper kernels of test-time training against the reference: interpreted with race detection, and lowered."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
+
+from rollax.kernels.ttt import api, pallas_mgpu, reference
+from rollax.kernels.ttt.pallas_mgpu_lact import hidden_layer, second_gradients, weighted_gradients
+
+DEVICE = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="this version of JAX has no GPU interpreter"
+)
+OF_LARGEST = 1e-2  # bfloat16 operands (relative rounding 2^-9) and outputs, of the largest entry of an array
+
+
+def interpreted(function, *args):
+    """Runs kernels on the CPU; raises if two threads, or a thread and a copy, race."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        return jax.block_until_ready(function(*args))
+
+
+def normal(key, *shape, dtype=jnp.float32, scale=1.0):
+    return (scale * jax.random.normal(jax.random.key(key), shape)).astype(dtype)
+
+
+def assert_close(got, want):
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want)
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        x, y = (np.asarray(a.astype(jnp.float32)) for a in (x, y))
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=0, atol=OF_LARGEST * np.abs(y).max(), err_msg=f"array {i}")
+
+
+def in_float32(args):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), args)
+
+
+def lact_inputs(N=1, C=100, d=256, h=64, dtype=jnp.bfloat16):
+    """(w0, w1, w2), (k, v), lr, (cotangent of the output, cotangents of the gradients)."""
+    w = [normal(i, N, *shape, scale=shape[1] ** -0.5) for i, shape in enumerate(((h, d), (d, h), (h, d)))]
+    w = [x.astype(dtype).astype(jnp.float32) for x in w]  # weights that both sides hold exactly
+    k, v, d_out = (normal(3 + i, N, C, d, dtype=dtype) for i in range(3))
+    lr = jax.nn.softplus(normal(6, N, C, 3))
+    return w, (k, v), lr, (d_out, [normal(7 + i, *x.shape) for i, x in enumerate(w)])
+
+
+def check_lact(run, **shapes):
+    w, (k, v), lr, (d_out, d_grads) = lact_inputs(**shapes)
+    out, pull = jax.vjp(reference.lact_apply, *w, in_float32(k))
+    assert_close(run(pallas_mgpu.lact_apply, *w, k), out)
+    assert_close(run(pallas_mgpu.lact_apply_backward, *w, k, d_out), pull(in_float32(d_out)))
+    grads, pull = jax.vjp(reference.lact_grads, *w, *in_float32((k, v)), lr)
+    assert_close(run(pallas_mgpu.lact_grads, *w, k, v, lr), grads)
+    assert_close(run(pallas_mgpu.lact_grads_backward, *w, k, v, lr, *d_grads), pull(tuple(d_grads)))
+
+
+def ttt_inputs(K, n, N=1, units=None, dtype=jnp.bfloat16):
+    """Arguments of `ttt_forward`, and cotangents of its output and its final fast weights."""
+    L, f = K * n, 64
+    tokens = [normal(i, N, L, f, dtype=dtype, scale=0.5) for i in range(3)]
+    eta_pos = 4 * (1 / (1 + jnp.arange(K)) + 0.02) / f
+    shapes = ((f, f), (1, f)) if units is None else ((f, units), (1, units), (units, f), (1, f))
+    params = tuple(normal(11 + i, N, *shape, scale=0.1) for i, shape in enumerate(shapes))
+    norm = (1 + normal(6, N, f, scale=0.1), normal(7, N, f, scale=0.1))
+    args = (*tokens, eta_pos, jax.nn.sigmoid(normal(3, N, L)), params, *norm)
+    return args, (normal(8, N, L, f, dtype=dtype), tuple(normal(21 + i, *x.shape) for i, x in enumerate(params)))
+
+
+def check_ttt(run, K, n, group, N=1, units=None):
+    args, cotangents = ttt_inputs(K, n, N, units)
+    want, pull = jax.vjp(partial(reference.ttt_scan, mini_batch=K), *in_float32(args))
+    out, final, borders = run(partial(pallas_mgpu.ttt_forward, mini_batch=K, group=group), *args)
+    assert_close((out, final), want)
+    learned = lambda params: jax.tree.map(jnp.subtract, tuple(params), args[5])  # noqa: E731
+    assert jnp.abs(learned(want[1])[0]).max() > 0.05 * jnp.abs(args[5][0]).max()  # or the next line would say nothing
+    assert_close(learned(final), learned(want[1]))
+    got = run(partial(pallas_mgpu.ttt_backward, mini_batch=K, group=group), *args, borders, *cotangents)
+    assert_close(got, pull(in_float32(cotangents)))
+
+
+def test_epilogues_are_the_gate_and_its_gradients():
+    y0, y2, dh, a0, a1, a2, *lr = (normal(i, 5, 7) for i in range(9))
+    hidden = lambda y0, y2: hidden_layer(y0, y2)[0][0]  # noqa: E731
+    np.testing.assert_allclose(hidden(y0, y2), jax.nn.silu(y0) * y2, rtol=1e-5, atol=1e-6)
+
+    def three(y0, y2, dh, *lr):
+        out, pull = jax.vjp(hidden, y0, y2)
+        d_y0, d_y2 = pull(dh)
+        return d_y0 * lr[0], out * lr[1], d_y2 * lr[2]
+
+    weighted, pull = jax.vjp(three, y0, y2, dh, *lr)
+    (*bars, u0, u1, u2), d_lr = second_gradients(y0, y2, dh, a0, a1, a2, *lr)
+    for got, want in zip(weighted_gradients(y0, y2, dh, *lr)[0], weighted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for got, want in zip((u0, u1, u2, *bars, *d_lr), (*weighted, *pull((a0, a1, a2))), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@needs_interpreter
+def test_lact_interpreted():
+    check_lact(interpreted)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("shapes", [dict(N=2, C=256, d=64, h=128), dict(C=7, d=512, h=192)])
+def test_lact_shapes_interpreted(shapes):
+    check_lact(interpreted, **shapes)
+
+
+@needs_interpreter
+def test_ttt_linear_interpreted():
+    check_ttt(interpreted, K=16, n=3, group=2)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(("K", "n", "group", "N"), [(64, 3, 1, 1), (8, 6, None, 2), (48, 4, 4, 1), (24, 5, 3, 1)])
+def test_ttt_linear_shapes_interpreted(K, n, group, N):
+    check_ttt(interpreted, K, n, group, N)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(("K", "n", "group", "N"), [(16, 5, 2, 1), (64, 2, None, 2)])
+def test_ttt_mlp_interpreted(K, n, group, N):
+    check_ttt(interpreted, K, n, group, N, units=256)
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_nothing_is_saved_where_no_gradient_is_wanted():
+    args, _ = ttt_inputs(16, 2)
+    forward = partial(pallas_mgpu.ttt_forward, mini_batch=16)
+    out, final, borders = interpreted(partial(forward, save=False), *args)
+    assert borders is None
+    jax.tree.map(np.testing.assert_array_equal, (out, final), interpreted(forward, *args)[:2])
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_public_functions_take_the_kernels():
+    """Through `api`: folding of batch and heads, a tail that the kernel leaves to XLA, gradients."""
+    (q, k, v, eta_pos, gate, params, *norm), _ = ttt_inputs(16, 3, N=2)
+    cut = lambda x: x[:, :40].reshape(2, 1, 40, *x.shape[2:])  # noqa: E731
+    args = (*(cut(x) for x in (q, k, v)), eta_pos, cut(gate), [x[:1] for x in params], [x[:1] for x in norm])
+
+    def loss(implementation, *args):
+        out, final = api.ttt_linear_scan(*args, mini_batch=16, implementation=implementation)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.sin(final.W1)), (out, final)
+
+    grad = lambda name: jax.grad(partial(loss, name), argnums=tuple(range(7)), has_aux=True)  # noqa: E731
+    assert_close(interpreted(grad("pallas_mgpu"), *args), grad("reference")(*in_float32(args)))
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "dtype", "params", "mini_batch", "says"),
+    [
+        ("ttt_linear_scan", (1, 2, 64, 64), "bfloat16", (64, 64), 16, None),
+        ("ttt_linear_scan", (1, 2, 64, 64), "float32", (64, 64), 16, "float16 or bfloat16"),
+        ("ttt_linear_scan", (1, 2, 64, 32), "bfloat16", (32, 32), 16, "width 64"),
+        ("ttt_linear_scan", (1, 2, 60, 64), "bfloat16", (64, 64), 20, "multiple of 8"),
+        ("ttt_linear_scan", (1, 2, 128, 64), "bfloat16", (64, 64), 128, "up to 64"),
+        ("ttt_mlp_scan", (1, 2, 64, 64), "bfloat16", (64, 256), 16, None),
+        ("lact_apply", (1, 2, 50, 512), "float16", (192, 512), None, None),
+        ("lact_grads", (1, 2, 50, 96), "bfloat16", (64, 96), None, "d must be"),
+        ("lact_scan", (1, 2, 50, 64), "bfloat16", (32, 64), None, "h must be"),
+        ("lact_step", (1, 2, 0, 64), "bfloat16", (64, 64), None, "no tokens"),
+    ],
+)
+def test_refusal(operator, shape, dtype, params, mini_batch, says):
+    tokens, weights = jax.ShapeDtypeStruct(shape, dtype), [jax.ShapeDtypeStruct((2, *params), "float32")]
+    reason = pallas_mgpu.refusal(operator, tokens, weights, mini_batch)
+    assert reason is None if says is None else says in reason
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def calls(C, d, h, L, K=16, dtype=jnp.bfloat16):
+    """Every function of the module that has a kernel, with arguments: chunks of C, sequences of L tokens."""
+    N = 4
+    w, tokens = (struct(N, h, d), struct(N, d, h), struct(N, h, d)), struct(N, C, d, dtype=dtype)
+    yield pallas_mgpu.lact_apply, (*w, tokens)
+    yield pallas_mgpu.lact_apply_backward, (*w, tokens, tokens)
+    yield pallas_mgpu.lact_grads, (*w, tokens, tokens, struct(N, C, 3))
+    yield pallas_mgpu.lact_grads_backward, (*w, tokens, tokens, struct(N, C, 3), *w)
+    N, f = 32, 64
+    tokens, norm = struct(N, L, f, dtype=dtype), struct(N, f)
+    linear = (struct(N, f, f), struct(N, 1, f))
+    mlp = (struct(N, f, 4 * f), struct(N, 1, 4 * f), struct(N, 4 * f, f), struct(N, 1, f))
+    for params in (linear, mlp):
+        args = (tokens, tokens, tokens, struct(K), struct(N, L), params, norm, norm)
+        yield partial(pallas_mgpu.ttt_forward, mini_batch=K), args
+    borders = tuple(struct(L // (4 * K), *x.shape) for x in linear)
+    args = (tokens, tokens, tokens, struct(K), struct(N, L), linear, norm, norm, borders, tokens, linear)
+    yield partial(pallas_mgpu.ttt_backward, mini_batch=K), args
+
+
+def test_lowering():
+    """Every kernel becomes a Mosaic GPU program for Hopper; needs no compiler for GPUs."""
+    mesh = AbstractMesh((1,), ("x",), abstract_device=DEVICE)
+    for function, args in calls(C=2048, d=128, h=128, L=32768):
+        with use_abstract_mesh(mesh):
+            text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+
+
+def test_lowering_inside_shard_map_and_vmap():
+    """The gradient of the public function, its batch and heads over 2 x 2 devices, then for two sets of weights."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = AbstractMesh((2, 2), ("batch", "heads"), axis_types=auto, abstract_device=DEVICE)
+    tokens, heads = PartitionSpec("batch", "heads"), PartitionSpec("heads")
+    B, H, L, f, K = 4, 4, 128, 64, 16
+    q, params, norm = struct(B, H, L, f, dtype=jnp.bfloat16), (struct(H, f, f), struct(H, 1, f)), (struct(H, f),) * 2
+    args = (q, q, q, struct(K), struct(B, H, L), params, norm)
+
+    def out(*args):
+        return api.ttt_linear_scan(*args, mini_batch=K, implementation="pallas_mgpu")[0]
+
+    specs = (tokens, tokens, tokens, PartitionSpec(), tokens, (heads,) * 2, (heads,) * 2)
+    sharded = jax.shard_map(out, in_specs=specs, out_specs=tokens, check_vma=False)
+    gradient = lambda function: jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32)), (0, 5))  # noqa: E731
+    axes = (None,) * 5 + (0, None)
+    stacked = (*args[:5], jax.tree.map(lambda x: struct(2, *x.shape), params), norm)
+    for function, arguments in ((gradient(sharded), args), (jax.vmap(gradient(out), axes), stacked)):
+        with use_abstract_mesh(mesh):
+            text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("ttt_linear_") >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+def test_on_the_device():
+    run = lambda function, *args: jax.jit(function)(*args)  # noqa: E731
+    check_lact(run, N=4, C=2648, d=512, h=512)
+    check_ttt(run, K=16, n=12, group=4, N=8)
+    check_ttt(run, K=64, n=8, group=4, N=8)
+    check_ttt(run, K=16, n=12, group=4, N=8, units=256)
