@@ -35,7 +35,7 @@ RESULTS = ROOT / "runs" / "aot"
 README = ROOT / "kernels" / "README.md"
 MARKERS = ("<!-- made by `sh .ci/aot`, do not edit: begin -->", "<!-- end -->")
 NO_TARGET = "no target: "  # how a child says that it could not begin
-CASE_SECONDS = 600  # a compiler that takes longer is stopped, and the case fails
+CASE_SECONDS = 120  # a child has so many for each of its cases; the slowest takes a third of that on a free core
 
 # An H100 SXM in the text form of XLA's GpuTargetConfig (public figures of the product).
 H100 = """
@@ -246,14 +246,14 @@ def compile_all(target: str, match: str = "") -> dict[str, dict]:
         try:
             child = subprocess.run(
                 command, env=os.environ | environment(target), capture_output=True, text=True, check=False,
-                timeout=CASE_SECONDS + 60 * len(left),
+                timeout=CASE_SECONDS * len(left),
             )  # fmt: skip
             last = (child.stderr.strip().splitlines() or [""])[-1]
             if last.startswith(NO_TARGET):
                 raise RuntimeError(f"{target}: {last.removeprefix(NO_TARGET)}")
             how = f"the compiler died with status {child.returncode}: {last}"
         except subprocess.TimeoutExpired:
-            how = f"no result within {CASE_SECONDS} s"
+            how = f"nothing within {CASE_SECONDS * len(left)} s"
         left = left[len(lines_of(out)) - done :]
         if left:
             line = json.dumps({"case": left[0], "target": target, "ok": False, "error": how[:300]})
@@ -274,13 +274,19 @@ def results(target: str) -> dict[str, dict]:
     return {name: json.loads(line) for name, line in lines_of(RESULTS / f"{target}.jsonl")}
 
 
+def size(count: int) -> str:
+    """Bytes in the unit that keeps them short."""
+    units = (("GiB", 30), ("MiB", 20), ("KiB", 10))
+    name, unit = next((name, unit) for name, unit in units if count >> unit or unit == 10)
+    return f"{count / 2**unit:.3g} {name}"
+
+
 def cell(result: dict | None) -> str:
     """One result in the table: seconds, then what the kernel holds on chip, then temporary bytes of device memory."""
     if result is None:
         return "not run"
     if not result["ok"]:
         return f"**no**: {result['error'].replace('|', '/')}"
-    size = lambda n: f"{n / 2**20:.3g} MiB" if n >= 2**20 else f"{n / 2**10:.3g} KiB"  # noqa: E731
     parts = [f"{result['seconds']:.1f} s"]
     if result.get("vmem_bytes") is not None:
         parts.append(f"VMEM {size(result['vmem_bytes'])}")

@@ -287,13 +287,11 @@ def block_energy(
 def energy_of(operator, q, kbar, offset, length, plan: Plan, row_normalised, rule, explain) -> BlockEnergy:
     """Energies of head-major, padded rows under `plan`, whose implementation is as the caller gave it."""
     q, kbar = jax.lax.stop_gradient((q, kbar.astype(q.dtype)))  # means are rounded as the authors' are
-    if row_normalised:  # an ablation, with no kernel of its own
-        chosen = backends.resolve(operator, plan.implementation, {}) if plan.implementation == "reference" else "xla"
-        name = "row_energy"
-    else:
-        refused = refusals(plan.implementation, q, q, tile=plan.tile, block=plan.block)
-        chosen = backends.resolve(operator, plan.implementation, refused, explain=explain)
-        name = "energy"
+    name, wanted = "row_energy" if row_normalised else "energy", plan.implementation
+    if row_normalised and wanted in backends.IMPLEMENTATIONS and wanted != "reference":
+        wanted = "xla"  # an ablation, with no kernel of its own
+    refused = refusals(wanted, q, q, tile=plan.tile, block=plan.block)
+    chosen = backends.resolve(operator, wanted, refused, explain=explain)
     H = q.shape[0]
     ends = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in (offset, length))
     return BlockEnergy(*call_backend(name, plan._replace(implementation=chosen), q, kbar, *ends, rule=rule))
@@ -488,9 +486,9 @@ def flash_prefill_packed(
     check_qkv(q, k, v, same_length=False)
     (S, HQ, D), (SK, HK, _) = q.shape, k.shape
     B, group = cfg.block_size, HQ // HK
-    check_number("prefix", prefix, 0, SK - S)
     if SK < S:
         raise ValueError(f"k must hold the prefix and the {S} tokens of q, got {SK}")
+    check_number("prefix", prefix, 0, SK - S)
     length = S if length is None else length
     check_length("length", length, S)
     tiles, n = -(-S * group // cfg.tile_rows), -(-SK // B)
@@ -518,7 +516,6 @@ def flash_prefill_packed(
 
 def masked_attention(operator, q, k, v, mask, slots, block_size, scale, length, implementation, explain):
     """`block_sparse_attention` under one mask `[n, n]` for all heads."""
-    check_qkv(q, k, v)
     index = compact_index(mask, slots)
     heads = q.shape[1]
     every = BlockIndex(*(jnp.broadcast_to(x, (heads, *x.shape)) for x in index[:2]), index.overflow)
@@ -533,6 +530,8 @@ def dense_attention(q, k, v, *, block_size=128, scale=None, length=None, impleme
 
     Arguments, results and errors as in `block_sparse_attention`.
     """
+    check_qkv(q, k, v)
+    check_power_of_two("block_size", block_size)
     n = -(-q.shape[0] // block_size)
     mask = selection.dense_mask(n)
     return masked_attention("dense_attention", q, k, v, mask, n, block_size, scale, length, implementation, explain)
@@ -552,6 +551,8 @@ def window_attention(
     explain=False,
 ):
     """The baseline of a sliding window with sinks, in blocks; see `block_sparse_attention`."""
+    check_qkv(q, k, v)
+    check_power_of_two("block_size", block_size)
     check_number("sink_blocks", sink_blocks, 0)
     check_number("window_blocks", window_blocks, 1)
     n = -(-q.shape[0] // block_size)

@@ -642,7 +642,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
             max_ref[...] = jnp.full(max_ref.shape, -jnp.inf, jnp.float32)
 
         def reduce(t, number, masked: bool):
-            x = dot(q_ref[0, t], kbar_ref[0], (1, 1)) * (scale * LOG2E)
+            x = dot(q_ref[0, t], kbar_ref[0], (1, 1))
             if masked:
                 ids = j * wide + lax.broadcasted_iota(jnp.int32, (1, wide), 1)
                 need = group * (ids * block + token - offset) - number * tile
@@ -650,10 +650,11 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
                 rows = lax.broadcasted_iota(jnp.int32, (tile, wide), 0)
                 x = jnp.where((rows >= need) & (rows < group * (length - offset) - number * tile), x, MASKED)
             top = jnp.max(x, axis=0, keepdims=True)
-            total = jnp.sum(jnp.exp2(x - top), axis=0, keepdims=True)
+            # The difference is scaled, not x: rounded where it is small.
+            total = jnp.sum(jnp.exp2((x - top) * (scale * LOG2E)), axis=0, keepdims=True)
             some = top > MASKED / 2
             sum_ref[0, t : t + 1, :] = jnp.where(some, total, 0.0)
-            max_ref[0, t : t + 1, :] = jnp.where(some, top, -jnp.inf)
+            max_ref[0, t : t + 1, :] = jnp.where(some, top * (scale * LOG2E), -jnp.inf)
 
         for t in range(high):
             number = i * high + t

@@ -189,7 +189,7 @@ def backward_bytes(f, K, mlp, heads, group, size):
 
 
 def plan(N, f, K, mlp, size, group=None):
-    """(heads of a program, mini-batches of a group) that fit `BUDGET`, None if none do.
+    """(heads of a program, mini-batches of a group) that fit `BUDGET` with tokens of `size` bytes; None if none do.
 
     As many heads as make P K = 128, then as long a group as fits: fewer borders in memory; at least 8 if it may be.
     """

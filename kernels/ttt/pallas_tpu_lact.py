@@ -119,30 +119,30 @@ def grads_backward_kernel(w0, w1, w2, a0, a1, a2, k, v, lr, *refs, length, dtype
         target[0] = value[...].astype(target.dtype)
 
 
-def tile_of(length, d, h, dtype, matrices, sums, blocks, values):
+def tile_of(length, d, h, dtype, matrices, sums, blocks, values, narrow):
     """Tokens of a tile so that a kernel fits `BUDGET`, None if none do.
 
     Args:
       length: tokens of a head; the tiles share them evenly, to waste little on the last.
       matrices, sums: how many weights `[h, d]` in dtype, and how many float32 sums of that shape, it holds.
       blocks: how many blocks `[tile, d]` of tokens, in two buffers each.
-      values: how many float32 values of that shape; besides there are some for 128 hidden units.
+      values, narrow: how many float32 values of that shape, and of `[tile, 128]`, for the hidden units at hand.
     """
     size = jnp.dtype(dtype).itemsize
     units = LANES if h % LANES == 0 else h
     parts = matrices * matrix_bytes(units, d) if size == 4 else 0  # float32 operands are split in three of bfloat16
     for most in (512, 256, 128, 64, 32, 16):
         tile = padded(-(-length // -(-length // most)), 16)
-        tokens = (blocks * size / 2 + values) * matrix_bytes(tile, d) + 8 * matrix_bytes(tile, units)
+        tokens = (blocks * size / 2 + values) * matrix_bytes(tile, d) + narrow * matrix_bytes(tile, units)
         if (matrices * size / 4 + sums) * matrix_bytes(h, d) + tokens + parts <= BUDGET:
             return tile
     return None
 
 
-APPLY = dict(matrices=3, sums=0, blocks=2, values=2)
-APPLY_BACKWARD = dict(matrices=3, sums=3, blocks=3, values=4)
-GRADS = dict(matrices=3, sums=3, blocks=3, values=3)
-GRADS_BACKWARD = dict(matrices=6, sums=3, blocks=6, values=6)
+APPLY = dict(matrices=3, sums=0, blocks=2, values=2, narrow=8)
+APPLY_BACKWARD = dict(matrices=3, sums=3, blocks=3, values=4, narrow=8)
+GRADS = dict(matrices=3, sums=3, blocks=3, values=3, narrow=8)
+GRADS_BACKWARD = dict(matrices=6, sums=3, blocks=6, values=6, narrow=12)
 
 
 def refusal(tokens, weights):
@@ -304,7 +304,8 @@ def newton_schulz_refusal(g, coeffs):
     m, n = sorted(g.shape[-2:])
     if g.dtype not in (jnp.float32, jnp.bfloat16):
         return f"matrices must be float32 or bfloat16, got {g.dtype}"
-    if (3 + len(coeffs)) * matrix_bytes(m, n) + 4 * matrix_bytes(m, m) > BUDGET:
+    # g, d, the result, one more for products at work, and the iterates; A, B, S, T.
+    if (4 + len(coeffs)) * matrix_bytes(m, n) + 4 * matrix_bytes(m, m) > BUDGET:
         return f"matrices of {m} x {n} and {len(coeffs)} steps do not fit {BUDGET // 2**20} MiB of VMEM"
     return None
 

@@ -14,7 +14,7 @@ CASES = aot.cases()
 # listed here must still fail: a line that no longer holds fails its test.
 REFUSED = {
     # Hopper's tensor cores multiply float32 numbers rounded to 10 bits only: the kernels leave float32 to "xla".
-    ("^(flash_prefill|ttt lact|decode_attention batch 32, 32K (for|back)).* float32$", ("h100",)): "float32",
+    ("^(flash_prefill|ttt|decode_attention batch 32, 32K (for|back)).* float32$", ("h100",)): "float32",
     # Cache and gradients are 16 GiB, which is all that a core has.
     ("^decode_attention .* backward float32$", ("v4", "v5e")): "Ran out of memory on HBM",
 }
@@ -44,6 +44,8 @@ def test_compiles(compiled, case):
     else:
         assert result["ok"], result["error"]
         assert result["temporary_bytes"] >= 0
+        if CASES[case].operator == "linear_log_prob":  # no logits [4096, 151936]; some targets copy the head
+            assert result["temporary_bytes"] < 0.6 * 4 * 4096 * 151_936
         if CASES[case].implementation is None:  # the kernel itself is in the program, not something in its place
             assert result["vmem_bytes" if target != "h100" else "registers"] > 0
 

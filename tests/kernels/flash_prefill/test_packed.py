@@ -19,7 +19,7 @@ from rollax.kernels.flash_prefill import (
 )
 from rollax.tests.support import GOLDEN
 
-IMPLEMENTATIONS = ["reference", "xla", "interpret"]
+IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.slow)]
 ARRAYS = dict(np.load(GOLDEN / "flashprefill.npz"))
 DENSE = PackedPrefillConfig(alpha=0.0, block_size=8, tile_rows=8, sink_blocks=0, window_blocks=1, last_full_tiles=0)
 SPARSE = PackedPrefillConfig(alpha=1.0, block_size=8, tile_rows=8, sink_blocks=0, window_blocks=1, last_full_tiles=0)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from rollax.kernels import ttt
 from rollax.kernels.ttt import pallas_tpu, reference
 from rollax.kernels.ttt.pallas_tpu_dual import plan
-from rollax.kernels.ttt.pallas_tpu_lact import tile_of
+from rollax.kernels.ttt.pallas_tpu_lact import APPLY, tile_of
 
 KINDS = ("TPU v4", "TPU v5 lite", "TPU v5e", "TPU v5p", "TPU v5", "TPU v6 lite", "TPU v6e", "TPU7x")
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "spatial_ttt.npz")
@@ -247,5 +247,5 @@ def test_plans():
     assert plan(3, 64, 16, mlp=False, size=4)[0] == 2
     assert plan(64, 64, 16, mlp=True, size=2) == plan(64, 64, 16, mlp=True, size=4) == (4, 8)
     assert plan(64, 64, 16, mlp=True, size=2, group=32)[0] < 4
-    assert tile_of(2648, 512, 512, jnp.bfloat16, 3, 0, 2, 2) == 448  # six tiles, 40 rows of padding
-    assert tile_of(7, 64, 64, jnp.bfloat16, 3, 0, 2, 2) == 16
+    assert tile_of(2648, 512, 512, jnp.bfloat16, **APPLY) == 448  # six tiles, 40 rows of padding
+    assert tile_of(7, 64, 64, jnp.bfloat16, **APPLY) == 16
