@@ -119,17 +119,23 @@ def start(model: LanguageModel, params, batch: int, slots: int, prefix: jax.Arra
         return model.init_cache(batch, slots), 0
     length = prefix.shape[0]
     positions = jnp.arange(length, dtype=jnp.int32)
-    _, cache = features(model, params, prefix[None], positions[None], model.init_cache(1, length + slots))
+    cache = model.init_cache(1, length + slots)
+    _, cache = features(model, params, prefix[None], positions[None], cache, model.prefill)
     return repeat_rows(cache, batch), length
 
 
 def prefill(model: LanguageModel, params, tokens, positions, cache, begin: jax.Array | int) -> Context:
     """Feeds tokens `[B, T]` (position < 0: padding) into the cache.
 
+    Tokens that stand at the beginning see one another by `model.prefill` where it is set; what follows a prefix or an
+    earlier turn is dense.
+
     Args:
-      begin: position `[B]` or `[]` at which these tokens begin, for rows that have none.
+      begin: position `[B]` or `[]` at which these tokens begin, for rows that have none. The number 0 says that the
+        cache is empty and the rows are right-padded.
     """
-    hidden, cache = features(model, params, tokens, positions, cache)
+    fresh = isinstance(begin, int) and begin == 0
+    hidden, cache = features(model, params, tokens, positions, cache, model.prefill if fresh else None)
     last = jnp.argmax(positions, axis=1)
     feature = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     position = jnp.maximum(jnp.max(positions, axis=1) + 1, begin)

@@ -24,13 +24,18 @@ class LanguageModel(NamedTuple):
         not later in slot order; the position numbers themselves feed the position encoding only.
       init_cache: `init_cache(batch, slots, dtype=None) -> cache`, empty. Its array leaves have the batch as leading
         axis, except scalars (the fill index), which all rows share.
-      hidden: `hidden(params, tokens, positions, cache=None) -> (hidden[B, T, D], cache)`, the input of the output
-        head; None where there is no such thing (a table).
+      hidden: `hidden(params, tokens, positions, cache=None, prefill=None) -> (hidden[B, T, D], cache)`, the input of
+        the output head; None where there is no such thing (a table). With `prefill`, see below, the T tokens see one
+        another by that operator: they must be right-padded and the cache, if any, empty.
       head: `head(params) -> [D, V]`, so that `logits = hidden @ head`; None as above.
       axes: a tree like params, each leaf a tuple of logical axis names (`agents.sharding`).
       vocab_size: V.
       for_decoding: `for_decoding(params) -> params`, the form that one-token steps run fastest on (a stack of layers
         taken apart); all functions take both forms.
+      prefill: the causal attention of fresh prompts when text is generated: `prefill(q[B, T, H, d], k[B, T, K, d], v,
+        length[B]) -> [B, T, H, d]`, of which `length` tokens count, such as a vmap of `kernels.flash_prefill`'s
+        `lambda q, k, v, n: flash_prefill(q, k, v, cfg, length=n)[0]`, whose alpha may be traced. None for the dense
+        attention that training and decoding have in any case. Set it on the sampler by `model._replace(prefill=...)`.
     """
 
     init: Callable[..., Any]
@@ -41,6 +46,7 @@ class LanguageModel(NamedTuple):
     axes: Any
     vocab_size: int
     for_decoding: Callable[[Any], Any] = lambda params: params
+    prefill: Callable[..., jax.Array] | None = None
 
 
 def repeat_rows(cache: Any, times: int) -> Any:
@@ -48,9 +54,19 @@ def repeat_rows(cache: Any, times: int) -> Any:
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, cache)
 
 
-def features(model: LanguageModel, params, tokens, positions, cache=None) -> tuple[jax.Array, Any]:
-    """What the output head reads, `[B, T, D]`, and the cache; the logits themselves where the model has no head."""
-    return (model.hidden or model.apply)(params, tokens, positions, cache)
+def features(model: LanguageModel, params, tokens, positions, cache=None, prefill=None) -> tuple[jax.Array, Any]:
+    """What the output head reads, `[B, T, D]`, and the cache; the logits themselves where the model has no head.
+
+    Args:
+      prefill: see `LanguageModel`; the caller says where it is used.
+    Raises:
+      ValueError: `prefill` for a model without attention.
+    """
+    if prefill is None:
+        return (model.hidden or model.apply)(params, tokens, positions, cache)
+    if model.hidden is None:
+        raise ValueError("prefill: expected None for a model without attention, got an operator")
+    return model.hidden(params, tokens, positions, cache, prefill)
 
 
 def logits_of(model: LanguageModel, params, feature: jax.Array) -> jax.Array:

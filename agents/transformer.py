@@ -4,6 +4,7 @@ RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attenti
 The flax modules are split once into functions of a plain tree of arrays; caches are arguments and results.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -233,7 +234,11 @@ def linear(config: TransformerConfig, inputs, outputs, *, bias: bool, std: float
 
 
 class Attention(nnx.Module):
-    """Causal self-attention of one layer, over its own tokens or over a cache."""
+    """Causal self-attention of one layer, over its own tokens or over a cache.
+
+    With `sparse`, an operator as `LanguageModel.prefill`, over its own tokens, of which `length` `[B]` count in each
+    row; they still go into the cache.
+    """
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         D, H, K, d = config.width, config.num_heads, config.kv_heads, config.head_size
@@ -245,18 +250,23 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(d, config) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config) if config.qk_norm else None
 
-    def __call__(self, x, cos, sin, visible, cached, index):
+    def __call__(self, x, cos, sin, visible, cached, index, sparse=None, length=None):
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        own = (q, k, v)
         if cached is not None:
             cached = tuple(
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype).swapaxes(1, 2), index, axis=2)
                 for old, new in zip(cached, (k, v), strict=True)
             )
             k, v = (x.swapaxes(1, 2) for x in cached)  # no copies: the compiler cancels them against those of `attend`
-        return self.o(attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)), cached
+        if sparse is not None:
+            attended = sparse(*own, length)
+        else:
+            attended = attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
+        return self.o(attended), cached
 
 
 class MLP(nnx.Module):
@@ -282,8 +292,8 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, cos, sin, visible, cached, index):
-        attended, cached = self.attention(self.attention_norm(x), cos, sin, visible, cached, index)
+    def __call__(self, x, cos, sin, visible, cached, index, sparse=None, length=None):
+        attended, cached = self.attention(self.attention_norm(x), cos, sin, visible, cached, index, sparse, length)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cached
 
@@ -295,8 +305,8 @@ def as_functions(build):
     def init(key):
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(params=key)), nnx.Param))
 
-    def apply(tree, *args):
-        return nnx.merge(graph, tree)(*args)
+    def apply(tree, *args, **options):
+        return nnx.merge(graph, tree)(*args, **options)
 
     return init, apply
 
@@ -367,8 +377,7 @@ def transformer(config: TransformerConfig) -> LanguageModel:
     dtype = jnp.dtype(config.dtype)
     init_layer, layer = as_functions(lambda rngs: Layer(config, rngs))
     init_norm, norm = as_functions(lambda rngs: RMSNorm(D, config))
-    if config.remat:
-        layer = jax.checkpoint(layer)
+    dense_layer = jax.checkpoint(layer) if config.remat else layer
 
     def init(key):
         embed_key, head_key, layers_key = jax.random.split(key, 3)
@@ -389,7 +398,7 @@ def transformer(config: TransformerConfig) -> LanguageModel:
         empty = lambda: tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(L))  # noqa: E731
         return Cache(empty(), empty(), jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
-    def hidden(params, tokens, positions, cache=None):
+    def hidden(params, tokens, positions, cache=None, prefill=None):
         if tokens.ndim != 2 or tokens.shape != positions.shape:
             raise ValueError(
                 f"tokens and positions must be one [B, T], got {tuple(tokens.shape)} and {tuple(positions.shape)}"
@@ -409,12 +418,15 @@ def transformer(config: TransformerConfig) -> LanguageModel:
         causal = jnp.arange(key_positions.shape[1]) <= slots[:, None]
         visible = causal[None] & (key_positions >= 0)[:, None, :]
         cos, sin = rotary_angles(config, positions)
+        run_layer = dense_layer
+        if prefill is not None:
+            run_layer = functools.partial(layer, sparse=prefill, length=(positions >= 0).sum(axis=1))
         x = params["embed"]["embedding"].astype(dtype)[tokens]
         layers = params["layers"]
         stacked = not isinstance(layers, tuple)
         if stacked and (cache is None or T > 1):
             kv = None if cache is None else (jnp.stack(cache.keys), jnp.stack(cache.values))
-            run = lambda x, xs: layer(xs[0], x, cos, sin, visible, xs[1], index)  # noqa: E731
+            run = lambda x, xs: run_layer(xs[0], x, cos, sin, visible, xs[1], index)  # noqa: E731
             x, kv = jax.lax.scan(run, x, (layers, kv))
             keys, values = (None, None) if cache is None else (tuple(kv[0]), tuple(kv[1]))
         else:
@@ -423,7 +435,7 @@ def transformer(config: TransformerConfig) -> LanguageModel:
             new = []
             for i, p in enumerate(unstack_layers(params)["layers"]):
                 cached = None if cache is None else (cache.keys[i], cache.values[i])
-                x, cached = layer(p, x, cos, sin, visible, cached, index)
+                x, cached = run_layer(p, x, cos, sin, visible, cached, index)
                 new.append(cached)
             keys, values = (None, None) if cache is None else zip(*new, strict=True)
         if cache is not None:
