@@ -34,7 +34,7 @@ class LanguageModel(NamedTuple):
         taken apart); all functions take both forms.
       prefill: the causal attention of fresh prompts when text is generated: `prefill(q[B, T, H, d], k[B, T, K, d], v,
         length[B]) -> [B, T, H, d]`, of which `length` tokens count, such as a vmap of `kernels.flash_prefill`'s
-        `lambda q, k, v, n: flash_prefill(q, k, v, cfg, length=n)[0]`, whose alpha may be traced. None for the dense
+        `lambda q, k, v, n: flash_prefill(q, k, v, cfg, length=n)[0]`; its alpha may be traced. None for the dense
         attention that training and decoding have in any case. Set it on the sampler by `model._replace(prefill=...)`.
     """
 

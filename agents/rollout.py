@@ -286,7 +286,8 @@ def score(
         raise ValueError(f"group_size: expected a divisor of the {rows} rows, got {group_size}")
 
     starts = jax.tree.map(lambda x: x[::group_size, :width], (trajectory.tokens, trajectory.positions))
-    cache, _ = start(model, params, rows // group_size, slots, prefix)
+    dense = model._replace(prefill=None)  # a sampler's sparse prefill is no part of the policy that is trained
+    cache, _ = start(dense, params, rows // group_size, slots, prefix)
     hidden, cache = features(model, params, *starts, cache)
     last = jnp.argmax(starts[1], axis=1)[:, None, None]
     opening = jnp.repeat(jnp.take_along_axis(hidden, last, axis=1), group_size, axis=0)

@@ -4,7 +4,6 @@ RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attenti
 The flax modules are split once into functions of a plain tree of arrays; caches are arguments and results.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -236,8 +235,8 @@ def linear(config: TransformerConfig, inputs, outputs, *, bias: bool, std: float
 class Attention(nnx.Module):
     """Causal self-attention of one layer, over its own tokens or over a cache.
 
-    With `sparse`, an operator as `LanguageModel.prefill`, over its own tokens, of which `length` `[B]` count in each
-    row; they still go into the cache.
+    `visible` is a mask `[B, T, S]`, or an operator `(q, k, v) -> out` over its own tokens alone, which still go into
+    the cache (`LanguageModel.prefill`).
     """
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
@@ -250,7 +249,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(d, config) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config) if config.qk_norm else None
 
-    def __call__(self, x, cos, sin, visible, cached, index, sparse=None, length=None):
+    def __call__(self, x, cos, sin, visible, cached, index):
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -262,10 +261,7 @@ class Attention(nnx.Module):
                 for old, new in zip(cached, (k, v), strict=True)
             )
             k, v = (x.swapaxes(1, 2) for x in cached)  # no copies: the compiler cancels them against those of `attend`
-        if sparse is not None:
-            attended = sparse(*own, length)
-        else:
-            attended = attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
+        attended = visible(*own) if callable(visible) else attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
         return self.o(attended), cached
 
 
@@ -292,8 +288,8 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, cos, sin, visible, cached, index, sparse=None, length=None):
-        attended, cached = self.attention(self.attention_norm(x), cos, sin, visible, cached, index, sparse, length)
+    def __call__(self, x, cos, sin, visible, cached, index):
+        attended, cached = self.attention(self.attention_norm(x), cos, sin, visible, cached, index)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cached
 
@@ -305,8 +301,8 @@ def as_functions(build):
     def init(key):
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(params=key)), nnx.Param))
 
-    def apply(tree, *args, **options):
-        return nnx.merge(graph, tree)(*args, **options)
+    def apply(tree, *args):
+        return nnx.merge(graph, tree)(*args)
 
     return init, apply
 
@@ -420,7 +416,8 @@ def transformer(config: TransformerConfig) -> LanguageModel:
         cos, sin = rotary_angles(config, positions)
         run_layer = dense_layer
         if prefill is not None:
-            run_layer = functools.partial(layer, sparse=prefill, length=(positions >= 0).sum(axis=1))
+            lengths = (positions >= 0).sum(axis=1)
+            run_layer, visible = layer, lambda q, k, v: prefill(q, k, v, lengths)
         x = params["embed"]["embedding"].astype(dtype)[tokens]
         layers = params["layers"]
         stacked = not isinstance(layers, tuple)

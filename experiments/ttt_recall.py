@@ -54,21 +54,21 @@ class Config(Options):
     """Seeds, the unit of every interval."""
     seed: int = 0
     """The first seed."""
-    updates: int = 400
+    updates: int = 300
     """Gradient steps; for "mechanism", streams."""
     chunk: int = 100
     """Updates between evaluations."""
-    batch: int = 16
+    batch: int = 8
     """Streams of a gradient step."""
     length: int = 128
     """Tokens of a stream before the questions; evaluated at four times that too."""
-    facts: int = 24
+    facts: int = 16
     """Facts of a stream, at random places; the rest is noise."""
-    questions: int = 12
+    questions: int = 16
     """Facts that are asked for at the end."""
-    keys: int = 64
+    keys: int = 32
     """Keys to choose from."""
-    values: int = 16
+    values: int = 8
     """Values: chance is one in as many."""
     width: int = 64
     """Of the network."""
@@ -189,12 +189,11 @@ def sample_streams(key: jax.Array, config: Config, count: int, length: int) -> S
 
     def one(key):
         place_key, key_key, value_key, noise_key, ask_key = jax.random.split(key, 5)
-        at = jax.random.permutation(place_key, length)[: config.facts]
-        fact_keys = jax.random.permutation(key_key, config.keys)[: config.facts]
+        at, fact_keys = (shuffled(*x)[: config.facts] for x in ((place_key, length), (key_key, config.keys)))
         fact_values = jax.random.randint(value_key, (config.facts,), 0, config.values)
         keys = config.keys + jax.random.randint(noise_key, (length,), 0, NOISE_KEYS)
         values = jnp.full(length, config.values)
-        asked = jax.random.permutation(ask_key, config.facts)[: config.questions]
+        asked = shuffled(ask_key, config.facts)[: config.questions]
         return Streams(
             jnp.concatenate([keys.at[at].set(fact_keys), fact_keys[asked]]),
             jnp.concatenate([values.at[at].set(fact_values), jnp.full(config.questions, config.values + 1)]),
@@ -203,6 +202,11 @@ def sample_streams(key: jax.Array, config: Config, count: int, length: int) -> S
         )
 
     return jax.vmap(one)(jax.random.split(key, count))
+
+
+def shuffled(key: jax.Array, n: int) -> jax.Array:
+    """0 .. n - 1 in random order, by one sort; `jax.random.permutation` takes several, and compiles longer."""
+    return jnp.argsort(jax.random.bits(key, (n,)))
 
 
 # --- The networks ---------------------------------------------------------------------------------------------------
@@ -255,7 +259,8 @@ def init_layer(key: jax.Array, config: Config, arm: Arm, memory: str) -> dict[st
     """One layer's parameters."""
     D, H, d = config.width, config.heads, config.width // config.heads
     keys = iter(jax.random.split(key, 16))
-    params = {name: normal(next(keys), D, D) for name in ("q", "k", "v", "out")}
+    params = {name: normal(next(keys), D, D) for name in ("k", "v", "out")}
+    params["q"] = params["k"]  # a question begins by looking for what looks like it: all networks learn faster
     params |= {"up": normal(next(keys), D, 4 * D), "down": normal(next(keys), 4 * D, D)}
     params |= {"attention_norm": jnp.ones(D), "mlp_norm": jnp.ones(D)}
     if memory:
@@ -405,6 +410,13 @@ def recall_train(config: Config, arm: Arm) -> Train:
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(config.lr, config.updates))
     )
+    # The same for all networks and seeds: less to compile, and pairs to compare.
+    held_out = {
+        name: jax.jit(sample_streams, static_argnums=(1, 2, 3))(
+            jax.random.key(2**20 + times), config, -(-config.eval_streams // times), times * config.length
+        )
+        for name, times in (("", 1), (", long", 4))
+    }
 
     def init(key):
         params = init_params(jax.random.fold_in(key, 0), config, arm)
@@ -428,15 +440,14 @@ def recall_train(config: Config, arm: Arm) -> Train:
     def evaluate(state, numbers):
         """Accuracy by age of the fact, at the length of training and at four times that."""
         metrics = {}
-        for name, times in (("", 1), (", long", 4)):
-            length, few = times * config.length, config.eval_streams // times or 1
-            streams = sample_streams(jax.random.fold_in(state.key, 2**20 + times), config, few, length)
+        for name, streams in held_out.items():
+            length = streams.key.shape[1] - config.questions
             right = logits_of(state.params, streams, config, arm).argmax(-1) == streams.answer
             far = streams.age > reach(config)
             metrics |= {f"far{name}": mean_where(right, far), f"near{name}": mean_where(right, ~far)}
-            bins = jnp.minimum(streams.age * 8 // (length + config.questions), 7)
-            metrics[f"by age{name}"] = jnp.stack([mean_where(right, bins == b) for b in range(8)])
-            if times == 1:
+            bins = jax.nn.one_hot(jnp.minimum(streams.age * 8 // (length + config.questions), 7), 8, axis=0)
+            metrics[f"by age{name}"] = (bins * right).sum((1, 2)) / bins.sum((1, 2))
+            if not name:
                 again = logits_of(state.params, streams, config, arm, reset_at=length).argmax(-1) == streams.answer
                 metrics["far, reset"] = mean_where(again, far)
         return metrics
@@ -557,8 +568,8 @@ CLAIMS = [
     Claim("M4", "Momentum makes post-norm forget faster",
           lambda r: mechanism("post-norm", 8)(r) - mechanism("post-norm, momentum", 8)(r), unit="recall",
           needs=("post-norm", "post-norm, momentum")),
-    Claim("T1", "Facts beyond the reach of stacked windows are lost by windows alone: accuracy of chance (1/16) + .05",
-          at_end("window", "far"), "below", 1 / 16 + 0.05, "accuracy", needs=("window",)),
+    Claim("T1", "Facts beyond the reach of stacked windows are lost by windows alone: accuracy of chance (1/8) + .05",
+          at_end("window", "far"), "below", 1 / 8 + 0.05, "accuracy", needs=("window",)),
     Claim("T2a", "LaCT keeps them: at least 15 points over windows alone", far_gap("lact", "window"), "above", 0.15,
           "accuracy", needs=("lact", "window")),
     Claim("T2b", "So does TTT-Linear", far_gap("ttt_linear", "window"), "above", 0.15, "accuracy",
