@@ -115,7 +115,7 @@ def test_a_network_learns_and_the_report_shows_it(tmp_path):
         (["--arms", "rnn"], "arms: expected some of full, window"),
         (["--facts", "33"], "facts: expected 16 (questions) to 32, got 33"),
         (["--width", "30"], "width: expected a multiple of twice the 2 heads, got 30"),
-        (["--chunk", "7"], "chunk: expected a divisor of updates=300, got 7"),
+        (["--chunk", "7"], "chunk: expected a divisor of updates=200, got 7"),
     ],
 )
 def test_a_bad_value_gets_one_line(tmp_path, capsys, argv, words):
