@@ -13,13 +13,17 @@ from rollax.experiments import bandpo, ppo_cartpole
 from rollax.experiments.benchmarks import (
     band_bounds,
     checkpoints,
+    decode,
     env_steps,
     generation,
+    log_probs,
     objectives,
     peer,
     ppo,
+    prefill,
     sweep_speed,
     timing,
+    ttt,
 )
 
 TINY_LLAMA = Path(__file__).parents[1] / "golden" / "hf_tiny" / "llama"
@@ -80,7 +84,30 @@ def test_ppo(tmp_path):
     assert row.work == 2 * 4 * 8 and len(returns) == 2 and all(1 <= x <= 500 for x in returns)
 
 
-@pytest.mark.parametrize("main", [env_steps.main, objectives.main, generation.main, ppo.main])
+KERNELS = {
+    prefill: (["--lengths", "128", "--block", "8", "--heads", "1", "--width", "8"], 2),
+    ttt: (["--cases", "ttt_linear", "--lengths", "64", "--chunk", "32", "--batch", "1", "--heads", "2",
+           "--width", "8"], 2),
+    decode: (["--batches", "2", "--slots", "64", "--fills", "0.5", "--dtypes", "float32", "--heads", "2",
+              "--kv-heads", "1", "--width", "8"], 1),
+    log_probs: (["--tokens", "16", "--width", "8", "--vocabularies", "64"], 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("benchmark", KERNELS, ids=lambda module: module.__name__.split(".")[-1])
+def test_kernels(tmp_path, benchmark):
+    """Against peers that are part of JAX or written out: both sides run, and a ratio is formed."""
+    size, least = KERNELS[benchmark]
+    out = tmp_path / "out.json"
+    benchmark.main([*size, "--repeats", "1", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) >= least and all(row["ours"] and row["peer"] and row["ratio"] > 0 for row in rows)
+
+
+MAINS = [module.main for module in (env_steps, objectives, generation, ppo, *KERNELS)]
+
+
+@pytest.mark.parametrize("main", MAINS)
 def test_bad_values_get_one_line(main, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--repeats", "0"])
