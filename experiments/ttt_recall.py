@@ -624,10 +624,10 @@ def panels(results: Results) -> list[Panel]:
         return [Panel("objects recalled", np.array(AGES), curves, "age of the chunk (chunks)")]
     updates = np.arange(1, results.evaluated_at[-1] + 1)
     eighths = (np.arange(8) + 0.5) / 8
-    shown = [Panel("accuracy", updates, {row: results.train[row]["accuracy"] for row in rows})]
+    shown = [Panel("accuracy of training", updates, {row: results.train[row]["accuracy"] for row in rows})]
     for name in ("", ", long"):
         curves = {row: results.held_out[row][f"by age{name}"][:, -1] for row in rows}
-        title = "accuracy, four times as long, twice the facts" if name else "accuracy, as in training"
+        title = "longer, fuller streams" if name else "streams as in training"
         shown.append(Panel(title, eighths, curves, "age of the fact (share of the stream)"))
     return shown
 

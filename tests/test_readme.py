@@ -19,6 +19,6 @@ def test_the_worked_example_runs(capsys):
 
 def test_the_commands_and_files_exist():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert set(re.findall(r"make (demo|test|lint|models)", README)) <= set(targets)
+    assert set(re.findall(r"make (demo|test|lint|aot|models)", README)) <= set(targets)
     for name in set(re.findall(r"(?:experiments|tests|agents|kernels|envs|objectives)/[\w/]*\.(?:py|png)", README)):
         assert (ROOT / name).is_file(), name

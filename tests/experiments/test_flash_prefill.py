@@ -39,6 +39,7 @@ from rollax.experiments.harness.loop import Results
 from rollax.kernels.flash_prefill import PackedPrefillConfig, density, flash_prefill_packed
 
 
+@pytest.mark.slow  # test_reproduce.py runs all parts together
 @pytest.mark.parametrize("part", ["planted", "recall", "rl"])
 def test_a_part_end_to_end(tmp_path, part):
     argv = [*STUDY.smoke, "--part", part, "--runs", str(tmp_path), "--name", "run"]

@@ -8,6 +8,7 @@ from rollax.experiments import reproduce
 from rollax.experiments.harness.study import study_names
 
 
+@pytest.mark.timeout(1200)  # compiles every study
 def test_a_smoke_run_of_every_study(tmp_path, capfd):
     argv = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "RESULTS.md")]
     reproduce.main(argv)
