@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for index, (_, said) in enumerate(ended):
         for line in said.splitlines():
             print(f"{index}: {line}")
-    raise SystemExit(max(code for code, _ in ended))
+    failed = [code for code, _ in ended if code]
+    raise SystemExit(128 - failed[0] if failed and failed[0] < 0 else (failed or [0])[0])  # a signal is a negative code
 
 
 if __name__ == "__main__":

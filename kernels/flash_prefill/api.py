@@ -146,6 +146,11 @@ def head_major(x, multiple: int):
     return jnp.pad(jnp.swapaxes(x, 0, 1), ((0, 0), (0, -x.shape[0] % multiple), (0, 0)))
 
 
+def valid_tokens(x, length):
+    """`[S, H, D]` with zeros beyond the length: a weight of 0 does not hide NaN in what is padding."""
+    return jnp.where(jnp.arange(x.shape[0])[:, None, None] < length, x, 0)
+
+
 def pack(q, heads: int, multiple: int):
     """`[S, HQ, D]` to `[HK, S', D]`: row p of key head h is head h * g + p % g at position p // g, g = HQ / HK."""
     S, HQ, D = q.shape
@@ -175,6 +180,8 @@ def check_qkv(q, k, v, *, same_length: bool = True) -> None:
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
+    if k.dtype != v.dtype:
+        raise ValueError(f"k and v must have one dtype, got {k.dtype} and {v.dtype}")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"q and k must have one width, got {q.shape[2]} and {k.shape[2]}")
     if q.shape[1] % k.shape[1]:
@@ -289,7 +296,7 @@ def energy_of(operator, q, kbar, offset, length, plan: Plan, row_normalised, rul
     q, kbar = jax.lax.stop_gradient((q, kbar.astype(q.dtype)))  # means are rounded as the authors' are
     name, wanted = "row_energy" if row_normalised else "energy", plan.implementation
     if row_normalised and wanted in backends.IMPLEMENTATIONS and wanted != "reference":
-        wanted = "xla"  # an ablation, with no kernel of its own
+        wanted = "xla"  # an ablation, with no kernel of its own; what is named is for the attention
     refused = refusals(wanted, q, q, tile=plan.tile, block=plan.block)
     chosen = backends.resolve(operator, wanted, refused, explain=explain)
     H = q.shape[0]
@@ -339,7 +346,7 @@ def block_sparse_attention(
     check_length("length", length, S)
     refused = refusals(implementation, q, k, tile=B, block=B, lists=n)
     chosen = backends.resolve("block_sparse_attention", implementation, refused, explain=explain)
-    rows, means = head_major(q, B), None
+    rows, means = head_major(valid_tokens(q, length), B), None
     if kbar is not None:
         for name, x in (("kbar", kbar), ("vbar", vbar)):
             if x.shape != (n, *k.shape[1:]):
@@ -347,7 +354,8 @@ def block_sparse_attention(
         means = (jnp.swapaxes(kbar, 0, 1), jnp.swapaxes(vbar, 0, 1), jnp.arange(n) * B)
     ends = (jnp.zeros((), jnp.int32), length)
     plan = Plan(B, B, 1, scale_of(scale, D), chosen)
-    out, lse = attend_lists(rows, head_major(k, B), head_major(v, B), index, ends, means, plan)
+    keys, values = (head_major(valid_tokens(x, length), B) for x in (k, v))
+    out, lse = attend_lists(rows, keys, values, index, ends, means, plan)
     return hide_padding(jnp.swapaxes(out, 0, 1)[:S], jnp.swapaxes(lse, 0, 1)[:S], length)
 
 
@@ -405,7 +413,8 @@ def flash_prefill(
       length: valid tokens, may be traced; None for S. Rows beyond it give 0.
       scale: of the logits, static; None for 1 / sqrt(D).
       correction: add the blocks left out by their means (V2's zero-order correction).
-      dense_on_overflow: take dense attention where the slots overflowed; otherwise a list keeps its first blocks.
+      dense_on_overflow: take dense attention, in all tiles, where the slots of any overflowed, so that a later tile
+        then changes earlier outputs; otherwise a list keeps its first blocks.
       implementation, explain: see `rollax.kernels.backends.resolve`.
     Returns:
       (out `[S, HQ, D]` in q's dtype, `PrefillStats`).
@@ -504,7 +513,8 @@ def flash_prefill_packed(
     if correction:
         first = selection.packed_spans(tiles, cfg.tile_rows, group, prefix, length)[0]
         means = (jnp.swapaxes(kbar, 0, 1), jnp.swapaxes(mean_pool(v, B, prefix + length), 0, 1), first)
-    rows, keys, values = pack(q, HK, cfg.tile_rows), head_major(k, B), head_major(v, B)
+    rows = pack(valid_tokens(q, length), HK, cfg.tile_rows)
+    keys, values = (head_major(valid_tokens(x, prefix + length), B) for x in (k, v))
     plan = Plan(cfg.tile_rows, B, group, scale_of(scale, D), chosen)
     ends = (prefix, prefix + length)
     out, lse = or_dense(

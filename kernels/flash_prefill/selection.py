@@ -19,7 +19,8 @@ Keep = Callable[[jax.Array, jax.Array], jax.Array]  # (score, visible) to bool, 
 class BlockEnergy(NamedTuple):
     """What a tile's rows give a mean key: `sum` of 2^(x - max), and `max` of x over the rows that see the block.
 
-    x = scale * log2(e) * <q, mean key>; `max` is -inf and `sum` 0 where no row sees the block. float32 `[H, T, n]`.
+    x = scale * log2(e) * <q, mean key>; `max` is -inf and `sum` 0 where no row sees the block. `[H, T, n]`,
+    float32 at least.
     """
 
     sum: jax.Array
@@ -150,7 +151,7 @@ def keep_max(score, visible, *, alpha):
 def keep_top_k(score, visible, *, share):
     """Baseline: the best blocks of each tile, as many as ceil(share * visible blocks), by a sort."""
     rank = jnp.argsort(jnp.argsort(jnp.where(visible, -score, jnp.inf), axis=-1), axis=-1)
-    return rank < jnp.ceil(share * visible.sum(-1, keepdims=True))
+    return rank < jnp.ceil(share * visible.sum(-1, keepdims=True) - 1e-4)  # .15 of 100 is 15 in float32 too
 
 
 def keep_top_p(score, visible, *, mass):

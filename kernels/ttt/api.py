@@ -10,7 +10,7 @@ A backend module (`xla`, `pallas_tpu`, `pallas_mgpu`) defines, batch and heads f
 
 with L a multiple of mini_batch; `borders` is what the forward pass keeps for the backward pass, the fast weights at the
 start of every `group` mini-batches (None: as the backend likes), left out without `save`. A module of kernels says with
-`refusal(operator, tokens, weights, mini_batch=None)` what it cannot take; its functions may take `interpret=True`.
+`refusal(operator, tokens, weights, mini_batch=None, group=None)` what it cannot take; its functions may take `interpret`.
 """
 
 from functools import partial
@@ -180,7 +180,8 @@ def ttt_public(
         if implementation not in (None, "reference"):
             raise ValueError(f'form "primal" is implementation "reference", got {implementation!r}')
         implementation = "reference"
-    chosen = choose(operator, implementation, explain, lambda kernels: kernels.refusal(operator, q, params, mini_batch))
+    ask = lambda kernels: kernels.refusal(operator, q, params, mini_batch, checkpoint_every)  # noqa: E731
+    chosen = choose(operator, implementation, explain, ask)
     q, k, v, gate = (fold(x, B, H) for x in (q, k, v, gate))
     params = tuple(per_row(x, B, H, 2) for x in params)
     ln = [per_row(x, B, H, 1) for x in ln]

@@ -29,7 +29,7 @@ __all__ = [
 WIDEST = 1024  # the steps through the width are unrolled
 
 
-def refusal(operator, tokens, params, mini_batch=None) -> str | None:
+def refusal(operator, tokens, params, mini_batch=None, group=None) -> str | None:
     """Why the kernels cannot take a call of this operator here, None if they can.
 
     Args:
@@ -37,6 +37,7 @@ def refusal(operator, tokens, params, mini_batch=None) -> str | None:
       tokens: q (or k), array or shape, `[..., L, width]`.
       params: fast weights.
       mini_batch: of the TTT operators.
+      group: any; states are saved every 4 mini-batches at the latest.
     """
     if jax.default_backend() in ("gpu", "cuda"):
         device = jax.devices()[0]

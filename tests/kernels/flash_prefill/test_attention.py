@@ -124,16 +124,16 @@ def test_golden_variable_lengths(variant):
     ends = arrays["cu_seqlens"]
     lengths = np.diff(ends)
     room = -(-lengths.max() // cfg.block_size) * cfg.block_size
-    padded = [
-        np.stack([np.pad(x, ((0, room - len(x)), (0, 0), (0, 0)), constant_values=7) for x in np.split(x, ends[1:-1])])
-        for x in (arrays["q"], arrays["k"], arrays["v"])
-    ]
+    pad = lambda x: np.pad(x, ((0, room - len(x)), (0, 0), (0, 0)), constant_values=np.nan)  # noqa: E731
+    padded = [np.stack([pad(x) for x in np.split(arrays[name], ends[1:-1])]) for name in "qkv"]
     prefill = lambda q, k, v, length: flash_prefill(q, k, v, cfg, length=length)[0]  # noqa: E731
     out = jax.jit(jax.vmap(prefill))(*padded, lengths)
     np.testing.assert_allclose(
         np.concatenate([x[:length] for x, length in zip(out, lengths, strict=True)]), arrays["out"], rtol=0, atol=5e-6
     )
     assert all((x[length:] == 0).all() for x, length in zip(out, lengths, strict=True))
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(jax.vmap(prefill)(*x, lengths) ** 2), (0, 1, 2)))(*padded)
+    assert all(np.isfinite(x).all() for x in gradients)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

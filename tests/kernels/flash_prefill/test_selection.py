@@ -195,7 +195,7 @@ def test_forced_blocks_and_other_rules():
         for i in range(n):
             order = np.argsort(-s[h, i, : i + 1])
             best = np.zeros(n, bool)
-            best[order[: int(np.ceil(np.float32(0.4) * (i + 1)))]] = True
+            best[order[: -(-4 * (i + 1) // 10)]] = True
             np.testing.assert_array_equal(top_k[h, i], (best | forced[i]) & visible[i])
             share = np.cumsum(s[h, i, order]) / s[h, i].sum()
             heavy = np.zeros(n, bool)
