@@ -10,7 +10,7 @@ A backend module (`xla`, `pallas_tpu`, `pallas_mgpu`) defines, batch and heads f
 
 with L a multiple of mini_batch; `borders` is what the forward pass keeps for the backward pass, the fast weights at the
 start of every `group` mini-batches (None: as the backend likes), left out without `save`. A module of kernels says with
-`refusal(operator, tokens, weights, mini_batch=None, group=None)` what it cannot take; its functions may take `interpret`.
+`refusal(operator, tokens, weights, mini_batch=None, group=None)` what it cannot take; its functions take `interpret`.
 """
 
 from functools import partial
