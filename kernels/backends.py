@@ -13,6 +13,16 @@ IMPLEMENTATIONS = (None, "reference", "xla", "pallas", "pallas_tpu", "pallas_mgp
 KERNEL_OF = {"tpu": "pallas_tpu", "gpu": "pallas_mgpu", "cuda": "pallas_mgpu"}
 
 
+def alike(*arrays):
+    """The arrays, varying over the same mesh axes: inside `shard_map` a loop's carry and a kernel's operands must.
+
+    Gradients of an array are summed over the axes that it did not vary over.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(frozenset().union(*varying) - mine) for mine in varying]
+    return tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))
+
+
 def resolve(operator: str, implementation: str | None, refusals: Mapping[str, str | None], *, explain=False) -> str:
     """One of "reference", "xla", "pallas_tpu", "pallas_mgpu", "interpret".
 

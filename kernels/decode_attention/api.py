@@ -136,6 +136,8 @@ def decode_attention(
     if window is not None and window < k.shape[2]:
         k, v, length, mask = last_keys(k, v, length, mask, window)
     scale = d**-0.5 if scale is None else float(scale)
+    q, k, v, length, *masks = backends.alike(q, k, v, length, *(() if mask is None else (mask,)))
+    mask = masks[0] if masks else None
     if chosen == "reference":
         visible = jnp.arange(k.shape[2]) < length[:, None]
         out, lse = reference(q, k, v, visible if mask is None else visible & mask, scale)

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.backends import alike
 from rollax.kernels.decode_attention.reference import reference
 from rollax.kernels.flash_prefill.api import folded
 
@@ -57,6 +58,7 @@ def by_blocks(q, k, v, length, mask, scale):
             return new, total * kept + weights.sum(-1), out * kept[:, None] + weighted
 
         start = jnp.full(g, HIDDEN, wide), jnp.zeros(g, wide), jnp.zeros((g, d), wide)
+        start = alike(q, *start)[1:]
         top, total, out = jax.lax.fori_loop(0, -(-mine // block), step, start)
         some = total > 0
         safe = jnp.where(some, total, 1)

@@ -26,6 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from rollax.kernels.backends import alike
+
 LOG2E = 1.0 / math.log(2.0)
 MASKED = -1e30  # finite: -inf - -inf would be NaN
 FAR = 2**30  # beyond every row of a head
@@ -108,13 +110,6 @@ def as_column(row):
 def stacked(ref):
     """The gathered blocks of a step, `[width, a, b]`, one below the other."""
     return ref[...].reshape(-1, ref.shape[-1])
-
-
-def alike(*arrays):
-    """The arrays, varying over the same mesh axes, as the operands of one call inside `shard_map` must."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    missing = [tuple(frozenset().union(*varying) - mine) for mine in varying]
-    return tuple(lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))
 
 
 def shape_like(shape, dtype, array):

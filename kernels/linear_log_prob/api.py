@@ -87,5 +87,6 @@ def linear_log_prob(
     chunks, columns = tile_of(tokens.shape[0], V, chunk, columns)
     wide = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
     temperature = jnp.asarray(temperature, wide)
-    outputs = tiled(tokens, head, targets.reshape(-1), temperature, chunks, columns)
+    arrays = backends.alike(tokens, head, targets.reshape(-1), temperature)
+    outputs = tiled(*arrays, chunks, columns)
     return tuple(x.reshape(targets.shape) for x in outputs)

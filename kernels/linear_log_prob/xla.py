@@ -13,6 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.backends import alike
+
 
 def split(x, chunks):
     """`[N, ...]` to `[chunks, ceil(N / chunks), ...]`, padded with zeros; chunk c takes the tokens i * chunks + c.
@@ -77,6 +79,7 @@ def forward(hidden, head, targets, temperature, chunks, columns):
 
     tokens, labels = split(hidden, chunks), split(targets, chunks)
     start = [jnp.full(labels.shape, value, wide) for value in (-jnp.inf, 0, 0, -jnp.inf)]
+    _, *start = alike(hidden, *start)
     (top, total, spread, chosen), _ = jax.lax.scan(of_block, tuple(start), jnp.arange(-(-V // columns)))
     outputs = chosen - top - jnp.log(total), jnp.log(total) - spread / total, top + jnp.log(total)
     return tuple(merge(x, N) for x in outputs)
@@ -119,7 +122,7 @@ def tiled_backward(chunks, columns, saved, cotangents):
             d_block += jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=wide)
             return (d_block, d_temperature), d_h
 
-        start = (jnp.zeros(block.shape, wide), d_temperature)
+        start = alike(jnp.zeros(block.shape, wide), d_temperature)
         (d_block, d_temperature), d_hidden = jax.lax.scan(of_chunk, start, (chunked, d_hidden))
         d_block = d_block.astype(head.dtype)
         # Columns that are not new are written a second time, with the same numbers.
@@ -127,7 +130,8 @@ def tiled_backward(chunks, columns, saved, cotangents):
         return (d_hidden, d_head, d_temperature), None
 
     start = (jnp.zeros(chunked[0].shape, wide), jnp.zeros_like(head), jnp.zeros((), wide))
-    (d_hidden, d_head, d_temperature), _ = jax.lax.scan(of_block, start, jnp.arange(-(-V // columns)))
+    _, *start = alike(hidden, *start)
+    (d_hidden, d_head, d_temperature), _ = jax.lax.scan(of_block, tuple(start), jnp.arange(-(-V // columns)))
     return merge(d_hidden, hidden.shape[0]).astype(hidden.dtype), d_head, None, d_temperature
 
 

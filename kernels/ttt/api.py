@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.backends import alike
 from rollax.kernels.ttt import reference
 from rollax.kernels.ttt.dispatch import backend, choose
 
@@ -58,23 +59,27 @@ def per_row(x, B, H, ndim):
     return fold(jnp.broadcast_to(x, (B, H, *x.shape[-ndim:])), B, H)
 
 
+def run(chosen, name, *args, **static):
+    """A backend's function; inside `shard_map` its results vary as the arguments do, which not all kernels say."""
+    module, more = backend(chosen)
+    leaves, tree = jax.tree.flatten(getattr(module, name)(*args, **static, **more))
+    return tree.unflatten(alike(args[0], *leaves)[1:])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def ttt(chosen, mini_batch, group, *args):
     """(out, final params) of whole mini-batches; `args` as a backend's `ttt_forward`."""
-    module, more = backend(chosen)
-    return module.ttt_forward(*args, mini_batch=mini_batch, group=group, save=False, **more)[:2]
+    return run(chosen, "ttt_forward", *args, mini_batch=mini_batch, group=group, save=False)[:2]
 
 
 def ttt_saving(chosen, mini_batch, group, *args):
-    module, more = backend(chosen)
-    out, final, borders = module.ttt_forward(*args, mini_batch=mini_batch, group=group, save=True, **more)
+    out, final, borders = run(chosen, "ttt_forward", *args, mini_batch=mini_batch, group=group, save=True)
     return (out, final), (args, borders)
 
 
 def ttt_gradient(chosen, mini_batch, group, saved, cotangents):
-    module, more = backend(chosen)
     args, borders = saved
-    return module.ttt_backward(*args, borders, *cotangents, mini_batch=mini_batch, group=group, **more)
+    return run(chosen, "ttt_backward", *args, borders, *cotangents, mini_batch=mini_batch, group=group)
 
 
 ttt.defvjp(ttt_saving, ttt_gradient)
@@ -186,6 +191,8 @@ def ttt_public(
     params = tuple(per_row(x, B, H, 2) for x in params)
     ln = [per_row(x, B, H, 1) for x in ln]
     gate, eta_pos = (x.astype(params[0].dtype) for x in (gate, eta_pos))
+    q, k, v, gate, eta_pos, *rest = alike(q, k, v, gate, eta_pos, *params, *ln)
+    params, ln = tuple(rest[: len(params)]), rest[len(params) :]
 
     # The last mini-batch may be shorter, with the first rows of eta; kernels leave it to "xla".
     tail = L % mini_batch
@@ -206,13 +213,11 @@ def ttt_public(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_rows(chosen, *args):
     """`lact_apply` of a backend, arguments folded."""
-    module, more = backend(chosen)
-    return module.lact_apply(*args, **more)
+    return run(chosen, "lact_apply", *args)
 
 
 def apply_rows_backward(chosen, saved, d_out):
-    module, more = backend(chosen)
-    return module.lact_apply_backward(*saved, d_out, **more)
+    return run(chosen, "lact_apply_backward", *saved, d_out)
 
 
 apply_rows.defvjp(lambda chosen, *args: (apply_rows(chosen, *args), args), apply_rows_backward)
@@ -221,13 +226,11 @@ apply_rows.defvjp(lambda chosen, *args: (apply_rows(chosen, *args), args), apply
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def grads_rows(chosen, *args):
     """`lact_grads` of a backend, arguments folded."""
-    module, more = backend(chosen)
-    return module.lact_grads(*args, **more)
+    return run(chosen, "lact_grads", *args)
 
 
 def grads_rows_backward(chosen, saved, cotangents):
-    module, more = backend(chosen)
-    return module.lact_grads_backward(*saved, *cotangents, **more)
+    return run(chosen, "lact_grads_backward", *saved, *cotangents)
 
 
 grads_rows.defvjp(lambda chosen, *args: (grads_rows(chosen, *args), args), grads_rows_backward)
@@ -273,7 +276,7 @@ def lact_apply(w, q, *, implementation=None, impl=None, explain=False):
     B, H, _, d = q.shape
     rows = check_weights(w, B, H, d)
     chosen = choose_lact("lact_apply", implementation or impl, explain, q, rows)
-    return apply_of(chosen)(*rows, fold(q, B, H)).reshape(q.shape)
+    return apply_of(chosen)(*alike(*rows, fold(q, B, H))).reshape(q.shape)
 
 
 def lact_grads(w, k, v, lr, *, implementation=None, impl=None, explain=False):
@@ -293,7 +296,7 @@ def lact_grads(w, k, v, lr, *, implementation=None, impl=None, explain=False):
     B, H, _, d = k.shape
     rows = check_weights(w, B, H, d)
     chosen = choose_lact("lact_grads", implementation or impl, explain, k, rows)
-    grads = grads_of(chosen)(*rows, *(fold(x, B, H) for x in (k, v, lr.astype(rows.w0.dtype))))
+    grads = grads_of(chosen)(*alike(*rows, *(fold(x, B, H) for x in (k, v, lr.astype(rows.w0.dtype)))))
     return FastWeights(*(x.reshape(B, H, *x.shape[1:]) for x in grads))
 
 

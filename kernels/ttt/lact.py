@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.backends import alike
 from rollax.kernels.ttt.api import FastWeights, apply_of, check_tokens, check_weights, choose_lact, fold, grads_of
 from rollax.kernels.ttt.newton_schulz import FIXED5, MUON5, newton_schulz, newton_schulz_of
 
@@ -121,7 +122,7 @@ def fresh(w, rule):
     return Memory(
         w,
         w if rule.norm == "pre" else None,
-        FastWeights(*(jnp.zeros_like(x) for x in w)) if rule.momentum else None,
+        FastWeights(*(alike(x, jnp.zeros_like(x))[1] for x in w)) if rule.momentum else None,
         jax.lax.stop_gradient(norm0) if rule.detach_norms else norm0,
     )
 
@@ -450,6 +451,8 @@ def lact_scan(
     B, H, L, d = q.shape
     memory = fresh(check_weights(w0, B, H, d), rule)
     x = tokens_of(q, k, v, lr, mom, rule, memory.w.w0.dtype)
+    leaves, tree = jax.tree.flatten((memory, x))
+    memory, x = tree.unflatten(alike(*leaves))
     chosen = choose_lact("lact_scan", implementation or impl, explain, q, memory.w)
     how = rule, operators_of(chosen)
     empty = folded(empty_buffers(B, H, chunk, d, k.dtype, memory.w.w0.dtype, rule))

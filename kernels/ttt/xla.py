@@ -8,6 +8,8 @@ what depends on the carried weights stays in the sequential loop.
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.backends import alike
+
 EPS = 1e-6  # of the inner LayerNorm
 GROUP = 4  # mini-batches between two saved states, as the authors' code rematerialises
 
@@ -99,7 +101,7 @@ def ttt_forward(q, k, v, eta_pos, gate, params, ln_weight, ln_bias, *, mini_batc
     Returns:
       (out `[N, L, f]`, final params, borders: params at the start of every group).
     """
-    out, borders = jnp.zeros(q.shape, jnp.result_type(q, params[0])), []
+    (_, out), borders = alike(q, jnp.zeros(q.shape, jnp.result_type(q, params[0]))), []
     # Groups are cut from the arrays as they are: laying all tokens out by mini-batches first costs a fifth of the time.
     for first, size, count in pieces_of(q.shape[1], mini_batch * (group or GROUP)):
 
@@ -120,7 +122,8 @@ def ttt_backward(
 ):
     """Cotangents of the arguments before `borders`, in their order; every group is computed again from its border."""
     shared = eta_pos, ln_weight, ln_bias
-    carry = d_final, jax.tree.map(jnp.zeros_like, shared), jax.tree.map(jnp.zeros_like, (q, k, v, gate))
+    _, *zeros = alike(q, *(jnp.zeros_like(x) for x in (*shared, q, k, v, gate)))
+    carry = d_final, tuple(zeros[:3]), tuple(zeros[3:])
     pieces = zip(pieces_of(q.shape[1], mini_batch * (group or GROUP)), borders, strict=True)
     for (first, size, count), border in reversed(list(pieces)):
 

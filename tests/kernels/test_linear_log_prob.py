@@ -178,3 +178,21 @@ def test_bad_arguments(inputs, change, message):
     arguments = dict(zip(("hidden", "head", "targets"), inputs, strict=True)) | change
     with pytest.raises(ValueError, match=message):
         linear_log_prob(**arguments)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_shard_map_over_tokens(inputs, implementation):
+    """The head is shared, and its gradient summed over the devices."""
+    hidden, head, targets = inputs[0].reshape(-1, D)[:20], inputs[1], inputs[2].reshape(-1)[:20]
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = lambda *args: linear_log_prob(*args, temperature=0.7, implementation=implementation)  # noqa: E731
+    total = lambda f: jax.jit(  # noqa: E731
+        jax.value_and_grad(lambda h, w: sum(jnp.sum(jnp.sin(x)) for x in f(h, w, targets)), (0, 1))
+    )
+    tokens = jax.sharding.PartitionSpec("data")
+    specs = (tokens, jax.sharding.PartitionSpec(), tokens)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens))
+    together, alone = (jax.tree.leaves(total(f)(hidden, head)) for f in (sharded, run))
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

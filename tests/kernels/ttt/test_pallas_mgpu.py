@@ -227,7 +227,7 @@ def test_lowering_inside_shard_map_and_vmap():
         return api.ttt_linear_scan(*args, mini_batch=K, implementation="pallas_mgpu")[0]
 
     specs = (tokens, tokens, tokens, PartitionSpec(), tokens, (heads,) * 2, (heads,) * 2)
-    sharded = jax.shard_map(out, in_specs=specs, out_specs=tokens, check_vma=False)
+    sharded = jax.shard_map(out, in_specs=specs, out_specs=tokens)
     gradient = lambda function: jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32)), (0, 5))  # noqa: E731
     axes = (None,) * 5 + (0, None)
     stacked = (*args[:5], jax.tree.map(lambda x: struct(2, *x.shape), params), norm)
