@@ -39,10 +39,10 @@ from rollax.experiments.harness.loop import Results
 from rollax.kernels.flash_prefill import PackedPrefillConfig, density, flash_prefill_packed
 
 
-@pytest.mark.slow  # test_reproduce.py runs all parts together
+@pytest.mark.slow  # a minute each; test_reproduce.py runs the first part
 @pytest.mark.parametrize("part", ["planted", "recall", "rl"])
 def test_a_part_end_to_end(tmp_path, part):
-    argv = [*STUDY.smoke, "--part", part, "--runs", str(tmp_path), "--name", "run"]
+    argv = [*STUDY.smoke[2:], "--part", part, "--runs", str(tmp_path), "--name", "run"]
     argv += ["--alpha", "0.1", "0.5"] if part != "planted" else []
     study.main(STUDY, argv)
     folder = tmp_path / "flash_prefill" / "run"

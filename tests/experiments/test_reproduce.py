@@ -34,7 +34,7 @@ def test_a_smoke_run_of_every_study(tmp_path, capfd):
 
 def test_what_is_wrong_gets_one_line(tmp_path, capsys):
     for argv, words in (
-        (["--studies", "chess"], "studies: expected some of bandpo, ppo_cartpole"),
+        (["--studies", "chess"], "studies: expected some of bandpo, flash_prefill"),
         (["--table", "--runs", str(tmp_path)], "runs: expected a finished run with claims in"),
     ):
         with pytest.raises(SystemExit) as stop:
