@@ -1040,7 +1040,8 @@ STUDY = Study(
     traced=("lr", "clip"),
     order=tuple(RULES),
     smoke=("--part", "planted", "--seeds", "2", "--updates", "1", "--chunk", "1", "--steps", "2",
-           "--length", "256", "--block", "8", "--width", "16", "--sequences", "1", "--shots", "3", "--prompts", "2", "--samples", "2", "--passes", "1",
+           "--length", "256", "--block", "8", "--width", "16", "--sequences", "1",
+           "--shots", "3", "--prompts", "2", "--samples", "2", "--passes", "1",
            "--eval-prompts", "2", "--needles", "1", "16", "--crossed", "16", "--questions", "16"),
 )  # fmt: skip
 
