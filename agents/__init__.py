@@ -3,7 +3,18 @@
 from rollax.agents.generation import Generation, Sampling, generate
 from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary
 from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
-from rollax.agents.rollout import Policy, Trajectory, demonstrate, language_policy, play, reactive, rollout, score
+from rollax.agents.rollout import (
+    Policy,
+    Sequential,
+    Trajectory,
+    demonstrate,
+    language_policy,
+    play,
+    reactive,
+    rollout,
+    score,
+    sequential_sampler,
+)
 from rollax.agents.sharding import batch_sharding, make_mesh, named_shardings, state_shardings
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
@@ -14,6 +25,7 @@ __all__ = [
     "Policy",
     "Pretrained",
     "Sampling",
+    "Sequential",
     "Trajectory",
     "TransformerConfig",
     "batch_sharding",
@@ -30,6 +42,7 @@ __all__ = [
     "rollout",
     "save_pretrained",
     "score",
+    "sequential_sampler",
     "state_shardings",
     "tabular",
     "transformer",

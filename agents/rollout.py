@@ -5,11 +5,13 @@
 the way), and `score` gives the log-probs of the same tokens with gradients; that the two agree is a test.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rollax.agents.generation import Sampling, decode, padded_positions, prefill, start
 from rollax.agents.language_model import LanguageModel, features, log_prob_and_entropy, repeat_rows
@@ -63,19 +65,44 @@ def reactive(act: Callable[[jax.Array, Any], tuple[Any, Any]]) -> Policy:
     )
 
 
-def play(key: jax.Array, env, policy: Policy, *, num_starts: int, num_steps: int, group_size: int = 1) -> Episodes:
-    """Plays `num_starts` starts `group_size` times each; row `p * group_size + g` is sample g of start p.
+class Start(NamedTuple):
+    """P starts, ready to be played any number of times: what the policy made of each, and the environments' states."""
+
+    memory: Any
+    state: Any
+
+
+def open_starts(key: jax.Array, env, policy: Policy, num_starts: int) -> Start:
+    """Resets the environments and shows the policy their first observations."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_starts))
+    state, observation = jax.vmap(env.reset)(keys)
+    return Start(policy.begin(observation), state)
+
+
+def take_starts(start: Start, index: jax.Array) -> Start:
+    """The starts `index` `[N]`, one a row."""
+    return jax.tree.map(lambda x: x[index] if x.ndim else x, start)
+
+
+def play_rows(
+    keys: tuple[jax.Array, jax.Array],
+    env,
+    policy: Policy,
+    start: Start,
+    row: jax.Array,
+    alive: jax.Array,
+    num_steps: int,
+) -> Episodes:
+    """Plays N opened starts to their end; what happens in a row depends on its number and on nothing beside it.
 
     Args:
-      env: `reset(key) -> (state, observation)` and `step(key, state, action) -> (state, Step)` (`rollax.envs`).
+      keys: of the samples and of the environments' steps; folded with the row's number and the step's.
+      start: `[N]`, see `take_starts`.
+      row: int `[N]`.
+      alive: bool `[N]`, the others are not played.
       num_steps: K; an episode that is longer is cut, neither terminated nor truncated.
     """
-    rows = num_starts * group_size
-    reset_key, sample_key, step_key = jax.random.split(key, 3)
-    keys_of = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    state, observation = jax.vmap(env.reset)(keys_of(reset_key, jnp.arange(num_starts)))
-    sample_keys = keys_of(sample_key, jnp.arange(rows))
-    step_keys = keys_of(step_key, jnp.arange(rows))
+    sample_keys, step_keys = (jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row) for key in keys)
     at_step = jax.vmap(jax.random.fold_in, in_axes=(0, None))
 
     def act(index, memory, state, alive):
@@ -89,15 +116,27 @@ def play(key: jax.Array, env, policy: Policy, *, num_starts: int, num_steps: int
         memory, state, observation, alive = carry
         return act(index, policy.see(memory, observation, alive), state, alive)
 
-    # A group shares its start, and so what its policy makes of the first observation.
-    memory, state = repeat_rows((policy.begin(observation), state), group_size)
-    carry, kept = act(0, memory, state, jnp.ones(rows, bool))
+    carry, kept = act(0, *start, alive)
     kept = jax.tree.map(lambda x: x[:, None], kept)
     if num_steps > 1:
         _, rest = jax.lax.scan(see_and_act, carry, jnp.arange(1, num_steps))
         kept = jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.moveaxis(y, 0, 1)], axis=1), kept, rest)
     record, mask, reward, terminated, truncated, info = kept
     return Episodes(record, mask, reward, terminated.any(axis=1), truncated.any(axis=1), info)
+
+
+def play(key: jax.Array, env, policy: Policy, *, num_starts: int, num_steps: int, group_size: int = 1) -> Episodes:
+    """Plays `num_starts` starts `group_size` times each; row `p * group_size + g` is sample g of start p.
+
+    Args:
+      env: `reset(key) -> (state, observation)` and `step(key, state, action) -> (state, Step)` (`rollax.envs`).
+      num_steps: K; an episode that is longer is cut, neither terminated nor truncated.
+    """
+    reset_key, *keys = jax.random.split(key, 3)
+    row = jnp.arange(num_starts * group_size)
+    # A group shares its start, and so what its policy makes of the first observation.
+    start = repeat_rows(open_starts(reset_key, env, policy, num_starts), group_size)
+    return play_rows(tuple(keys), env, policy, start, row, jnp.ones(row.shape, bool), num_steps)
 
 
 class Trajectory(NamedTuple):
@@ -216,8 +255,14 @@ def rollout(
     """
     spec = env.spec
     policy = language_policy(model, params, spec, sampling=sampling, prefix=prefix, early_exit=early_exit)
-    played = play(key, env, policy, num_starts=num_prompts, num_steps=spec.max_turns, group_size=group_size)
-    rows = num_prompts * group_size
+    return as_trajectory(
+        play(key, env, policy, num_starts=num_prompts, num_steps=spec.max_turns, group_size=group_size), spec
+    )
+
+
+def as_trajectory(played: Episodes, spec) -> Trajectory:
+    """Episodes of `language_policy` with their turns side by side."""
+    rows = played.mask.shape[0]
     turn = jnp.repeat(jnp.arange(spec.max_turns, dtype=jnp.int32), spec.max_observation + spec.max_action)
     return Trajectory(
         **{name: x.reshape(rows, -1) for name, x in played.record.items()},
@@ -227,6 +272,135 @@ def rollout(
         truncated=played.truncated,
         info=played.info,
     )
+
+
+class Sequential(NamedTuple):
+    """A rollout whose number of episodes each prompt's own rewards decided. Alphabet: `P` prompts, `K` most episodes.
+
+    Attributes:
+      trajectory: `[P * K]` rows, row `p * K + j` is episode j of prompt p; rows that were not drawn hold padding alone
+        (positions -1, mask false, reward 0).
+      drawn: bool `[P, K]`.
+      rounds: int32 `[]`, calls of the sampler.
+      rows: int32 `[]`, rows that it computed, idle ones of a bucket included: what the rollout cost.
+    """
+
+    trajectory: Trajectory
+    drawn: jax.Array
+    rounds: jax.Array
+    rows: jax.Array
+
+
+def sequential_sampler(
+    model: LanguageModel,
+    env,
+    more: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    *,
+    num_prompts: int,
+    k_init: int,
+    k_max: int,
+    sampling: Sampling | None = None,
+    prefix: jax.Array | None = None,
+    early_exit: bool = True,
+    buckets: tuple[int, ...] | None = None,
+    compiled: bool = False,
+) -> Callable[..., Sequential]:
+    """`sample(key, params, *arguments) -> Sequential`: `k_init` episodes a prompt, then one more while `more` asks.
+
+    Episode j of prompt p is that of `rollout(key, ..., group_size=k_max)`, whatever was drawn beside it. Each round
+    computes only the prompts that go on, in the smallest of a few static sizes.
+
+    Args:
+      more: `more(reward [P, K], drawn bool [P, K], *arguments) -> bool [P]`, of episodes' total rewards, such as
+        `objectives.osla_continue` of `objectives.shrinkage_fuse` with priors among the arguments. A prompt that has
+        stopped stays stopped.
+      buckets: static sizes of a round, P among them; None for P and its halves down to an eighth. Under `vmap` over
+        seeds all sizes would be computed: pass `(P,)` there.
+      compiled: false gives a pure function, to be jitted, that loops inside the program. True gives one that loops
+        outside, over programs compiled once for each size, with nothing but `more`'s answer crossing in a round: for
+        models that fill the devices, whose caches a loop inside the program would hold twice.
+
+    Raises:
+      ValueError: k_init outside 1..k_max, buckets without P, or a size outside 1..P.
+    """
+    if not 1 <= k_init <= k_max:
+        raise ValueError(f"k_init: expected 1 to k_max={k_max}, got {k_init}")
+    halves = tuple(dict.fromkeys(-(-num_prompts // part) for part in (8, 4, 2, 1)))
+    sizes = tuple(sorted(set(buckets))) if buckets else halves
+    if sizes[-1] != num_prompts or sizes[0] < 1:
+        raise ValueError(f"buckets: expected sizes from 1 to num_prompts={num_prompts} and that one, got {sizes}")
+    spec = env.spec
+    jit = jax.jit if compiled else lambda f, **_: f
+
+    def episodes(keys, params, start, prompt, j, alive):
+        policy = language_policy(model, params, spec, sampling=sampling, prefix=prefix, early_exit=early_exit)
+        played = play_rows(
+            keys, env, policy, take_starts(start, prompt), prompt * k_max + j, alive, num_steps=spec.max_turns
+        )
+        return as_trajectory(played, spec)
+
+    def begin(key, params, arguments):
+        """The starts, and the first k_init episodes of each in a buffer of `[P * k_max]` rows."""
+        reset_key, *keys = jax.random.split(key, 3)
+        policy = language_policy(model, params, spec, prefix=prefix)
+        start = open_starts(reset_key, env, policy, num_prompts)
+        prompt, j = (x.ravel() for x in jnp.indices((num_prompts, k_init)))
+        first = episodes(keys, params, start, prompt, j, jnp.ones(prompt.shape, bool))
+        blank = jax.tree.map(lambda x: jnp.zeros((num_prompts * k_max, *x.shape[1:]), x.dtype), first)
+        blank = blank._replace(
+            tokens=jnp.full_like(blank.tokens, spec.pad_id),
+            positions=jnp.full_like(blank.positions, -1),
+            turn=jnp.broadcast_to(first.turn[0], blank.turn.shape),
+        )
+        trajectory = jax.tree.map(lambda all_, new: all_.at[prompt * k_max + j].set(new), blank, first)
+        drawn = jnp.broadcast_to(jnp.arange(k_max) < k_init, (num_prompts, k_max))
+        result = Sequential(trajectory, drawn, jnp.int32(1), jnp.int32(num_prompts * k_init))
+        return keys, start, result, asked(result, jnp.ones(num_prompts, bool), arguments)
+
+    def asked(result, active, arguments):
+        """Which of the active prompts go on."""
+        reward = result.trajectory.reward.sum(axis=1).reshape(num_prompts, k_max)
+        return active & more(reward, result.drawn, *arguments)
+
+    def draw(size, keys, params, start, result, active, arguments):
+        """Episode j of the active prompts, of which there are at most `size`."""
+        prompt = jnp.argsort(~active, stable=True)[:size]
+        alive, j = active[prompt], jnp.sum(result.drawn, axis=1).max()
+        new = episodes(keys, params, start, prompt, j, alive)
+        place = jnp.where(alive, prompt * k_max + j, num_prompts * k_max)  # outside: dropped
+        trajectory = jax.tree.map(lambda all_, x: all_.at[place].set(x, mode="drop"), result.trajectory, new)
+        drawn = result.drawn | (active[:, None] & (jnp.arange(k_max) == j))
+        result = Sequential(trajectory, drawn, result.rounds + 1, result.rows + size)
+        return result, asked(result, active, arguments)
+
+    begin = jit(begin)
+    draws = [jit(functools.partial(draw, size), donate_argnums=3) for size in sizes]
+
+    def inside(key, params, *arguments):
+        keys, start, result, active = begin(key, params, arguments)
+
+        def go_on(carry):
+            result, active = carry
+            return active.any() & ~result.drawn[:, -1].any()
+
+        def body(carry):
+            result, active = carry
+            chosen = jnp.searchsorted(jnp.asarray(sizes), active.sum())
+            return jax.lax.switch(chosen, draws, keys, params, start, result, active, arguments)
+
+        return jax.lax.while_loop(go_on, body, (result, active))[0]
+
+    def outside(key, params, *arguments):
+        keys, start, result, active = begin(key, params, arguments)
+        for _ in range(k_init, k_max):
+            count = int(active.sum())
+            if not count:
+                break
+            chosen = next(i for i, size in enumerate(sizes) if size >= count)
+            result, active = draws[chosen](keys, params, start, result, active, arguments)
+        return result
+
+    return outside if compiled else inside
 
 
 def demonstrate(key: jax.Array, env, act: Callable, num_episodes: int) -> Trajectory:
@@ -304,7 +478,7 @@ def score(
     own = [
         turn * (width + spec.max_action) + column for turn in range(spec.max_turns) for column in range(spec.max_action)
     ]
-    own = jnp.asarray(own)
+    own = np.asarray(own)
     hidden = jnp.take_along_axis(hidden, before[:, own][..., None], axis=1)
     log_prob, entropy = log_prob_and_entropy(model, params, hidden, tokens[:, own], temperature=temperature)
 

@@ -10,7 +10,7 @@ import pytest
 
 from rollax import objectives
 from rollax.agents.generation import Sampling
-from rollax.agents.rollout import play, reactive, rollout, score
+from rollax.agents.rollout import play, reactive, rollout, score, sequential_sampler
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
 from rollax.envs.cartpole import cartpole
@@ -241,3 +241,89 @@ def test_bad_input():
         score(model, params, played(1), echo(1), group_size=5)
     with pytest.raises(ValueError, match=r"logits.*\[P, T, V\].*\(3,\)"):
         tabular(jnp.zeros(3))
+
+
+# --- Budgets that each prompt's rewards decide ------------------------------------------------------------------------
+
+PROMPTS, K_INIT, K_MAX = 6, 2, 5
+
+
+def while_long(reward, drawn, limit):
+    """A prompt goes on while what it has said in all is below the limit."""
+    return jnp.where(drawn, reward, 0.0).sum(axis=1) < limit
+
+
+def sampler(max_turns=2, more=while_long, **options):
+    model, _ = lm()
+    return sequential_sampler(model, echo(max_turns), more, num_prompts=PROMPTS, k_init=K_INIT, k_max=K_MAX, **options)
+
+
+@functools.cache
+def drawn_inside():
+    return jax.device_get(jax.jit(sampler())(jax.random.key(3), lm()[1], 14.0))
+
+
+def test_a_sequential_rollout_is_a_part_of_the_whole():
+    model, params = lm()
+    full = jax.jit(lambda k: rollout(k, model, params, echo(2), num_prompts=PROMPTS, group_size=K_MAX))(
+        jax.random.key(3)
+    )
+    result = drawn_inside()
+    count = result.drawn.sum(axis=1)
+    assert (result.drawn == (np.arange(K_MAX) < count[:, None])).all()
+    assert count.min() >= K_INIT and len(set(count)) > 1  # some went on, some did not
+    reward = np.asarray(full.reward).sum(axis=1).reshape(PROMPTS, K_MAX)
+    for p in range(PROMPTS):  # exactly as long as the rule asked
+        sums = np.cumsum(reward[p])
+        assert all(sums[k - 1] < 14 for k in range(K_INIT, count[p]))
+        assert count[p] == K_MAX or sums[count[p] - 1] >= 14
+    rows = result.drawn.ravel()
+    for name, part, whole in zip(full._fields, result.trajectory, full, strict=True):
+        for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(x[rows], np.asarray(y)[rows], atol=1e-5, err_msg=name)
+    blank = jax.tree.map(lambda x: x[~rows], result.trajectory)
+    assert (blank.positions == -1).all() and not blank.mask.any() and not blank.reward.any()
+    assert rows.sum() <= result.rows < PROMPTS * K_MAX  # a round costs the prompts that go on, up to the next size
+
+
+def test_a_sequential_rollout_is_scored_like_any_other():
+    model, params = lm()
+    trajectory = drawn_inside().trajectory
+    log_prob, _ = jax.jit(lambda p: score(model, p, trajectory, echo(2), group_size=K_MAX))(params)
+    np.testing.assert_allclose(log_prob, trajectory.full_log_prob, atol=1e-4)
+
+
+def test_rounds_outside_the_program_are_the_same_and_compile_once_a_size():
+    traced = []
+
+    def more(reward, drawn, limit):
+        traced.append(drawn.shape)
+        return while_long(reward, drawn, limit)
+
+    sample = sampler(more=more, compiled=True)
+    result = jax.device_get(sample(jax.random.key(3), lm()[1], 14.0))
+    for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(drawn_inside()), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    for seed in range(4):
+        sample(jax.random.key(seed), lm()[1], 4.0 + 6 * seed)
+    assert len(traced) <= 1 + 4  # the beginning, and sizes 1, 2, 3 and 6
+
+
+def test_seeds_of_sequential_rollouts_in_one_vmap():
+    run = sampler(buckets=(PROMPTS,))
+    keys = jax.random.split(jax.random.key(5), 2)
+    limits = jnp.array([2.0, 30.0])
+    together = jax.jit(jax.vmap(run, (0, None, 0)))(keys, lm()[1], limits)
+    counts = together.drawn.sum(axis=(1, 2))
+    assert counts[0] < counts[1]
+    for i in range(2):
+        alone = jax.jit(run)(keys[i], lm()[1], limits[i])
+        np.testing.assert_array_equal(alone.drawn, together.drawn[i])
+        np.testing.assert_array_equal(alone.trajectory.tokens, together.trajectory.tokens[i])
+
+
+def test_bad_budgets():
+    with pytest.raises(ValueError, match=r"k_init: expected 1 to k_max=5, got 6"):
+        sequential_sampler(lm()[0], echo(1), while_long, num_prompts=6, k_init=6, k_max=5)
+    with pytest.raises(ValueError, match=r"buckets: expected sizes from 1 to num_prompts=6 and that one, got \(2, 4\)"):
+        sampler(buckets=(4, 2))
