@@ -1,8 +1,16 @@
-"""Models and how they act: language models, pretrained weights, generation, rollouts."""
+"""Models and how they act: language models, pretrained weights, generation, rollouts, value models."""
 
+from rollax.agents.critic import Critic, ValueBatch, critic, pretrain_critic, value_head_init, values_of
 from rollax.agents.generation import Generation, Sampling, generate
 from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary
 from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
+from rollax.agents.prior_fitted import (
+    HeadConfig,
+    in_context_logits,
+    pretrain_tabular_head,
+    tabular_head_init,
+    tabular_task,
+)
 from rollax.agents.rollout import (
     Policy,
     Sequential,
@@ -15,35 +23,90 @@ from rollax.agents.rollout import (
     score,
     sequential_sampler,
 )
+from rollax.agents.sentence_encoder import (
+    SentenceEncoder,
+    encoder_states,
+    load_sentence_encoder,
+    mean_pool,
+    sentence_embeddings,
+    tokenise,
+)
 from rollax.agents.sharding import batch_sharding, make_mesh, named_shardings, state_shardings
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
+from rollax.agents.value_model import (
+    Records,
+    V0Config,
+    V0Masks,
+    adapter,
+    adapter_from_torch,
+    adapter_init,
+    context_for,
+    empty_records,
+    record,
+    v0_apply,
+    v0_from_features,
+    v0_init,
+    v0_optimiser,
+    v0_partition,
+)
 
 __all__ = [
+    "Critic",
     "Generation",
+    "HeadConfig",
     "LanguageModel",
     "Policy",
     "Pretrained",
+    "Records",
     "Sampling",
+    "SentenceEncoder",
     "Sequential",
     "Trajectory",
     "TransformerConfig",
+    "V0Config",
+    "V0Masks",
+    "ValueBatch",
+    "adapter",
+    "adapter_from_torch",
+    "adapter_init",
     "batch_sharding",
+    "context_for",
+    "critic",
     "demonstrate",
+    "empty_records",
+    "encoder_states",
     "generate",
+    "in_context_logits",
     "language_policy",
     "load_pretrained",
+    "load_sentence_encoder",
     "make_mesh",
+    "mean_pool",
     "named_shardings",
     "play",
+    "pretrain_critic",
+    "pretrain_tabular_head",
     "reactive",
+    "record",
     "repeat_rows",
     "restrict_vocabulary",
     "rollout",
     "save_pretrained",
     "score",
+    "sentence_embeddings",
     "sequential_sampler",
     "state_shardings",
     "tabular",
+    "tabular_head_init",
+    "tabular_task",
+    "tokenise",
     "transformer",
+    "v0_apply",
+    "v0_from_features",
+    "v0_init",
+    "v0_optimiser",
+    "v0_partition",
+    "value_head_init",
+    "values_of",
 ]

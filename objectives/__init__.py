@@ -46,6 +46,7 @@ from rollax.objectives.shrinkage import (
     moving_average_init,
     moving_average_update,
     osla_continue,
+    osla_count,
     osla_gain,
     plug_in_variance,
     rollout_utility,
@@ -67,6 +68,7 @@ from rollax.objectives.surrogates import (
     sequence_log_ratio,
     vespo_surrogate,
 )
+from rollax.objectives.value_losses import explained_variance, pair_index, v0_loss, value_loss
 
 __all__ = [
     "ADVANTAGES",
@@ -90,6 +92,7 @@ __all__ = [
     "dr_grpo_advantages",
     "dynamic_sampling_mask",
     "expected_stop_table",
+    "explained_variance",
     "fused_advantage",
     "gae",
     "gae_time_major",
@@ -112,8 +115,10 @@ __all__ = [
     "moving_average_update",
     "opsm_mask",
     "osla_continue",
+    "osla_count",
     "osla_gain",
     "overlong_penalty",
+    "pair_index",
     "pass_at_k",
     "plug_in_variance",
     "policy_gradient",
@@ -132,6 +137,8 @@ __all__ = [
     "sequential_rollout",
     "shrinkage_fuse",
     "truncated_weights",
+    "v0_loss",
+    "value_loss",
     "vapo_gae",
     "vapo_lambda",
     "vespo_surrogate",

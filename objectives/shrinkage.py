@@ -143,21 +143,45 @@ def osla_continue(fused, count, *, cost=1 / 256, k_max=16, rule="discrete", conf
     return (jnp.asarray(count) < k_max) & ((osla_gain(fused, count, rule=rule) > cost) | undecided)
 
 
-def sequential_rollout(
-    key, sample_fn, prior, *, k_init=4, k_max=16, cost=1 / 256, rule="discrete", noise_var=1.0, confirm=False
-):
+def osla_count(rewards, prior, *, k_init=4, k_max=16, cost=1 / 256, rule="discrete", noise_var=1.0, confirm=False):
+    """How many of K rewards that lie ready the rule would have drawn, int32 `[P]`: `osla_continue`, one at a time.
+
+    Args:
+      rewards: `[P, K]`, in [-1, 1].
+      prior: `[P]`, in [-1, 1].
+      k_init, k_max: least and most draws, in 1..K; may be traced, so that arms of different budgets share a program.
+      cost, rule: see `osla_continue`.
+      noise_var: see `shrinkage_fuse`, or a function `noise_var(reward_sum, count) -> [P]` such as `plug_in_variance`.
+      confirm: the prior must stand twice in a row; may be traced.
+    """
+    rewards = accurate(rewards)
+    variance = noise_var if callable(noise_var) else lambda total, count: noise_var
+
+    def more(carry, reward):
+        total, count, active, stood = carry
+        fused = shrinkage_fuse(total, count, prior, noise_var=variance(total, count))
+        confirmed = (stood & (count > k_init)) | ~jnp.asarray(confirm, bool)
+        goes_on = osla_continue(fused, count, cost=cost, k_max=k_max, rule=rule, confirmed=confirmed)
+        active &= goes_on | (count < k_init)
+        return (total + jnp.where(active, reward, 0.0), count + active, active, ~fused.reject), None
+
+    one = jnp.ones(rewards.shape[:1], jnp.int32)
+    (_, count, _, _), _ = jax.lax.scan(more, (rewards[:, 0], one, one > 0, one < 0), rewards[:, 1:].T)
+    return count
+
+
+def sequential_rollout(key, sample_fn, prior, *, k_init=4, k_max=16, cost=1 / 256, **options):
     """Rewards of a budget that each prompt's own draws decide: `k_init`, then one at a time while `osla_continue`.
 
     Everything is drawn in fixed shapes, and what the rule did not ask for is neither counted nor returned: for
-    simulators, whose draws are cheap. `agents.sequential_rollout` saves the work of a language model.
+    simulators, whose draws are cheap. `agents.sequential_sampler` saves the work of a language model.
 
     Args:
       key: folded with j for draw j.
       sample_fn: `sample_fn(key, j) -> reward [P]`, the j-th draw of every prompt, in [-1, 1].
       prior: `[P]`, in [-1, 1].
       k_init, k_max: static.
-      cost, rule, noise_var: see `osla_continue` and `shrinkage_fuse`.
-      confirm: static; the prior must stand twice in a row.
+      cost, **options: see `osla_count`.
 
     Returns:
       (rewards `[P, k_max]`, 0 where not drawn; mask bool `[P, k_max]`; count int32 `[P]`).
@@ -165,23 +189,11 @@ def sequential_rollout(
     Raises:
       ValueError: k_init outside 1..k_max, a concrete cost that is not positive, a prior outside [-1, 1].
     """
-    _check_budget(k_init, k_max, cost, rule)
+    _check_budget(k_init, k_max, cost, options.get("rule", "discrete"))
     _check_prior(prior)
-    draws = jnp.arange(k_max)
-    drawn = accurate(jax.lax.map(lambda j: sample_fn(jax.random.fold_in(key, j), j), draws)).T
-
-    def more(carry, j):
-        total, count, active, stood = carry
-        fused = shrinkage_fuse(total, count, prior, noise_var=noise_var)
-        active &= osla_continue(fused, count, cost=cost, k_max=k_max, rule=rule, confirmed=stood | (not confirm))
-        total = total + jnp.where(active, drawn[:, j], 0.0)
-        return (total, count + active, active, ~fused.reject), None
-
-    first = drawn[:, :k_init].sum(axis=1)
-    count = jnp.full(first.shape, k_init, jnp.int32)
-    state = (first, count, jnp.ones(first.shape, bool), jnp.zeros(first.shape, bool))
-    (_, count, _, _), _ = jax.lax.scan(more, state, jnp.arange(k_init, k_max))
-    mask = draws < count[:, None]
+    drawn = accurate(jax.lax.map(lambda j: sample_fn(jax.random.fold_in(key, j), j), jnp.arange(k_max))).T
+    count = osla_count(drawn, prior, k_init=k_init, k_max=k_max, cost=cost, **options)
+    mask = jnp.arange(k_max) < count[:, None]
     return jnp.where(mask, drawn, 0.0), mask, count
 
 
@@ -313,13 +325,12 @@ def moving_average_init(num_prompts):
     return MovingAverage(jnp.zeros(num_prompts), jnp.zeros(num_prompts, bool))
 
 
-def moving_average_baseline(average, prompt_ids, mean, *, fallback=0.0):
-    """The moving average of each prompt before these rollouts, `[P]`; where there is none, `fallback`."""
-    check_same_shape(prompt_ids=prompt_ids, mean=mean)
+def moving_average_baseline(average, prompt_ids, *, fallback=0.0):
+    """The moving average of each prompt, `[P]`; `fallback` (scalar or `[P]`) of one that has earned nothing yet."""
     return jnp.where(average.seen[prompt_ids], average.value[prompt_ids], fallback)
 
 
-def moving_average_update(average, prompt_ids, mean, *, decay=0.7):
+def moving_average_update(average, prompt_ids, mean, *, decay=0.7, valid=None):
     """Takes in the mean reward of each prompt's rollouts: `decay old + (1 - decay) mean`, the mean itself at first.
 
     Args:
@@ -327,11 +338,14 @@ def moving_average_update(average, prompt_ids, mean, *, decay=0.7):
       prompt_ids: int `[P]`; of a prompt that comes twice, one of its means is taken.
       mean: `[P]`.
       decay: in 0..1; may be traced.
+      valid: bool `[P]`, which to take in; None for all.
     """
-    check_same_shape(prompt_ids=prompt_ids, mean=mean)
-    old = jnp.where(average.seen[prompt_ids], average.value[prompt_ids], mean)
-    value = average.value.at[prompt_ids].set(decay * old + (1 - decay) * mean)
-    return MovingAverage(value, average.seen.at[prompt_ids].set(True))
+    valid = jnp.ones(jnp.shape(mean), bool) if valid is None else valid
+    check_same_shape(prompt_ids=prompt_ids, mean=mean, valid=valid)
+    old = moving_average_baseline(average, prompt_ids, fallback=mean)
+    at = jnp.where(valid, prompt_ids, average.value.shape[0])  # out of range: dropped
+    value = average.value.at[at].set(decay * old + (1 - decay) * mean, mode="drop")
+    return MovingAverage(value, average.seen.at[at].set(True, mode="drop"))
 
 
 # --- V_0's budget ---------------------------------------------------------------------------------------------------

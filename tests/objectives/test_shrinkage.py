@@ -183,11 +183,14 @@ def test_rivals():
 def test_moving_average():
     average = ob.moving_average_init(5)
     ids, mean = jnp.array([3, 1]), jnp.array([0.5, -1.0])
-    np.testing.assert_array_equal(ob.moving_average_baseline(average, ids, mean, fallback=0.25), 0.25)
+    np.testing.assert_array_equal(ob.moving_average_baseline(average, ids, fallback=0.25), 0.25)
     average = ob.moving_average_update(average, ids, mean)
     average = jax.jit(ob.moving_average_update)(average, ids, jnp.array([1.0, -1.0]), decay=0.5)
     np.testing.assert_allclose(average.value, [0, -1.0, 0, 0.75, 0])
     np.testing.assert_array_equal(average.seen, [0, 1, 0, 1, 0])
+    part = ob.moving_average_update(average, jnp.array([0, 1]), jnp.array([0.5, 9.0]), valid=jnp.array([True, False]))
+    np.testing.assert_allclose(part.value, [0.5, -1.0, 0, 0.75, 0])
+    np.testing.assert_array_equal(part.seen, [1, 1, 0, 1, 0])
 
 
 def test_advantage_has_no_gradient_through_the_baseline_and_no_dead_groups():
@@ -260,3 +263,19 @@ def test_utility(exact):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_budgets_of_arms_may_be_traced():
+    budgets = jnp.array([[1, 1], [4, 4], [4, 16], [2, 9]])
+    together = jax.jit(jax.vmap(lambda k: ob.osla_count(STREAM, PRIOR, k_init=k[0], k_max=k[1])))(budgets)
+    draw = lambda key, j: jnp.asarray(STREAM)[:, j]  # noqa: E731
+    for (k_init, k_max), counts in zip(budgets.tolist(), together, strict=True):
+        _, _, alone = ob.sequential_rollout(jax.random.key(0), draw, PRIOR, k_init=k_init, k_max=k_max)
+        np.testing.assert_array_equal(counts, alone)
+    plugged = np.asarray(ob.osla_count(STREAM, PRIOR, noise_var=ob.plug_in_variance))
+    going = np.ones(len(PRIOR), bool)
+    for k in range(4, 16):
+        total, count = STREAM[:, :k].sum(axis=1), np.full(len(PRIOR), k)
+        fused = ob.shrinkage_fuse(total, count, PRIOR, noise_var=ob.plug_in_variance(total, count))
+        going &= np.asarray(ob.osla_continue(fused, count))
+        np.testing.assert_array_equal(plugged > k, going)
