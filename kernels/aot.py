@@ -394,6 +394,12 @@ def lact_grads_of(implementation):
     return lambda w0, w1, w2, k, v, lr: lact_grads(FastWeights(w0, w1, w2), k, v, lr, implementation=implementation)
 
 
+def newton_schulz_of(implementation):
+    from rollax.kernels.ttt import newton_schulz
+
+    return lambda g: newton_schulz(g, implementation=implementation)
+
+
 def wide(*shape: int) -> tuple:
     """An argument that is float32 in every case."""
     return shape, "float32"
@@ -412,17 +418,24 @@ def cases() -> dict[str, Case]:
     linear = (wide(H, f, f), wide(H, 1, f))
     mlp = (wide(H, f, 4 * f), wide(H, 1, 4 * f), wide(H, 4 * f, f), wide(H, 1, f))
     fast = (wide(1, 4, 512, 512),) * 3
-    chunk = (1, 4, 2048, 512)
     query, lengths = (32, Q, WIDTH), ((32,), "int32")
     cache = (32, KV, 32768, WIDTH)
-    lact = (*fast, chunk, chunk, wide(1, 4, 2048, 3))
+    matrices = ("ttt", "newton-schulz, 12 of 512 x 512", newton_schulz_of, ((12, 512, 512),), (0,))
     decode = ("decode_attention", "batch 32, 32K", decode_attention_of, (query, cache, cache, lengths), (0, 1, 2))
     head = ((4096, 2048), (2048, 151936), ((4096,), "int32"))
     rows += [
         ("ttt", "linear, 32K", ttt_linear_of, (*sequence, *linear, *norm), tuple(range(9)), None),
         ("ttt", "mlp, 32K", ttt_mlp_of, (*sequence, *mlp, *norm), tuple(range(11)), None),
-        ("ttt", "lact apply, 4 heads, 2K", lact_apply_of, (*fast, chunk), tuple(range(4)), None),
-        ("ttt", "lact grads, 4 heads, 2K", lact_grads_of, lact, tuple(range(6)), None),
+    ]
+    for label, tokens in (("2K", 2048), ("2648", 2648)):  # the latter is Spatial-TTT's, no multiple of any tile
+        chunk, lr = (1, 4, tokens, 512), wide(1, 4, tokens, 3)
+        rows += [
+            ("ttt", f"lact apply, 4 heads, {label}", lact_apply_of, (*fast, chunk), tuple(range(4)), None),
+            ("ttt", f"lact grads, 4 heads, {label}", lact_grads_of, (*fast, chunk, chunk, lr), tuple(range(6)), None),
+        ]
+    rows += [
+        (*matrices, None),
+        (*matrices, "xla"),
         (*decode, None),
         (*decode, "xla"),
         ("linear_log_prob", "4K tokens, D 2048, V 151936", linear_log_prob_of, head, (0, 1), "xla"),

@@ -5,12 +5,21 @@ platform at hand, `interpret` the TPU kernel run by Pallas' interpreter on any p
 name a kernel wherever the program is traced, as lowering or compiling ahead of time for another platform needs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import ModuleType
 
 import jax
 
 IMPLEMENTATIONS = (None, "reference", "xla", "pallas", "pallas_tpu", "pallas_mgpu", "interpret")
 KERNEL_OF = {"tpu": "pallas_tpu", "gpu": "pallas_mgpu", "cuda": "pallas_mgpu"}
+
+
+def named(implementation: str | None, impl: str | None) -> str | None:
+    """What the caller named, by either of two names of one argument; ValueError if by both."""
+    if implementation is not None and impl is not None:
+        raise ValueError(f"implementation and impl are one argument, got {implementation!r} and {impl!r}")
+    return impl if implementation is None else implementation
 
 
 def alike(*arrays):
@@ -53,3 +62,51 @@ def resolve(operator: str, implementation: str | None, refusals: Mapping[str, st
     if explain:
         print(f"{operator}: {chosen} ({reason or f'the kernel for {platform}'})")
     return chosen
+
+
+def choose(
+    operator: str,
+    package: str,
+    implementation: str | None,
+    ask: Callable[[ModuleType], str | None],
+    *,
+    explain: bool = False,
+) -> str:
+    """`resolve` where the kernels are the modules `pallas_tpu` and `pallas_mgpu` of a package.
+
+    Imports the one in question and no other; `ask(module)` says why its kernel cannot take the call, None if it can.
+    """
+    here = KERNEL_OF.get(jax.default_backend())
+    name = {None: here, "pallas": here, "interpret": "pallas_tpu"}.get(implementation, implementation)
+    refusals = {name: ask(import_module(f"{package}.{name}"))} if name in KERNEL_OF.values() else {}
+    return resolve(operator, implementation, refusals, explain=explain)
+
+
+def backend(package: str, chosen: str) -> tuple[ModuleType, dict[str, bool]]:
+    """(module of a package, further arguments of its functions) of an implementation that `choose` returned."""
+    name = "pallas_tpu" if chosen == "interpret" else chosen
+    return import_module(f"{package}.{name}"), {"interpret": True} if chosen == "interpret" else {}
+
+
+def hopper_refusal(device=None) -> str | None:
+    """Why no Mosaic GPU kernel runs on a device, None if one may.
+
+    device: None for the first one here if that is a GPU; lowering and compiling ahead of time need none.
+    """
+    if device is None and jax.default_backend() in ("gpu", "cuda"):
+        device = jax.devices()[0]
+    if device is None:
+        return None
+    capability = getattr(device, "compute_capability", None)
+    if capability != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), got {device.device_kind} ({capability})"
+    if 12080 <= (version := cuda_version()) < 12091:
+        return f"CUDA 12.8.0 to 12.9.0 miscompile causal masks, got version {version}"
+    return None
+
+
+def cuda_version() -> int:
+    """Of the runtime, as 1000 major + 10 minor; jax's own attention kernel asks in the same way."""
+    from jax._src.lib import cuda_versions
+
+    return cuda_versions.cuda_runtime_get_version()

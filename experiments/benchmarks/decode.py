@@ -134,6 +134,8 @@ def measure(config: Config, batch: int, slots: int, fill: float, dtype: str, str
         except Exception as error:
             notes["left_out"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     first = next(iter(peers), None)
+    if first:
+        notes["peer_error"] = notes["difference"][first] / float(np.abs(expected).max())
     used = 2 * int(args[3].sum()) * config.kv_heads * config.width * q.dtype.itemsize
     row = duel(
         f"{dtype}, {batch} rows, {slots} slots, {fill:.0%} full",

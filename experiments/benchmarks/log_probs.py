@@ -5,7 +5,8 @@
 
 One case a vocabulary and pass: the loss that is the mean of the log-probabilities, and its gradient with respect to
 hidden states and head. tokamax has the loss (`linear_softmax_cross_entropy_loss`) and no entropy, so neither side
-computes more than the loss asks for. The JSON file also has the temporary bytes of each compiled program.
+computes more than the loss asks for. The JSON file also has the temporary bytes of each compiled program, and the error
+against the peer: of the loss, of its gradients too where they are the case.
 """
 
 import importlib.metadata
@@ -67,6 +68,12 @@ def peers() -> dict[str, Callable]:
     return found | ({"tokamax": tokamax_loss} if importlib.util.find_spec("tokamax") else {})
 
 
+def relative_error(a, b) -> float:
+    """The norm of the difference over that of b."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
 def measure(config: Config, vocabulary: int, step: str, name: str, peer: Callable) -> Row:
     """One case against one peer; one that cannot take the call is left out and the reason noted."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -80,8 +87,9 @@ def measure(config: Config, vocabulary: int, step: str, name: str, peer: Callabl
     try:
         theirs, compile_peer = compile_timed(program(peer), *args)
         notes["temporary_bytes"][name] = theirs.memory_analysis().temp_size_in_bytes
-        losses = (jax.tree.leaves(f(*args))[0] for f in (compiled, theirs))
-        notes["losses"] = [float(x) for x in losses]
+        mine, other = (jax.tree.leaves(f(*args)) for f in (compiled, theirs))
+        notes["losses"] = [float(mine[0]), float(other[0])]
+        notes["peer_error"] = max(map(relative_error, mine, other))
     except Exception as error:
         notes["left_out"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return duel(

@@ -193,7 +193,7 @@ def measure(length: int, peer: str, config: Config, peak: float) -> list[Row]:
         if peer:
             notes["scoring_share"] = float(np.median(scorings) / np.median(row.peer))
         if peer and name == "dense":
-            notes["relative_error"] = far(exact, jax.jit(PEERS[peer])(q, k, v))
+            notes["peer_error"] = notes["relative_error"] = far(exact, jax.jit(PEERS[peer])(q, k, v))
         rows.append(row._replace(notes=notes))
     return rows
 

@@ -154,14 +154,16 @@ def passes(run: Callable) -> dict[str, tuple[Callable, int]]:
     return {"forward": (lambda arguments: first(run(*arguments)), 1), "forward and backward": (jax.grad(loss), 3)}
 
 
-def agree(ours, theirs, case: str, dtype: str) -> None:
-    """Raises if two trees of results differ by more than rounding does."""
-    bound = 1e-3 if dtype == "float32" else 0.1
+def agree(ours, theirs, case: str, dtype: str) -> float:
+    """How far two trees of results are apart, the most of any array and of its norm; raises if rounding is not why."""
+    bound, worst = 1e-3 if dtype == "float32" else 0.1, 0.0
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
         if not error < bound:
             raise ValueError(f"{case}: both sides differ by {error:.2g} of the norm, more than {bound}")
+        worst = max(worst, float(error))
+    return worst
 
 
 def measure(name: str, length: int, config: Config, peak: float) -> list[Row]:
@@ -174,8 +176,9 @@ def measure(name: str, length: int, config: Config, peak: float) -> list[Row]:
             case = f"{name} {kind}, {length} tokens" + (f", {peer}" if peer else "")
             program, compile_ours = compile_timed(function, arguments)
             rival, compile_peer = compile_timed(theirs[kind][0], arguments) if peer else (None, None)
+            notes = {}
             if peer:
-                agree(program(arguments), rival(arguments), case, config.dtype)
+                notes["peer_error"] = agree(program(arguments), rival(arguments), case, config.dtype)
             row = duel(
                 case,
                 "tokens/s",
@@ -187,7 +190,7 @@ def measure(name: str, length: int, config: Config, peak: float) -> list[Row]:
                 compile_peer=compile_peer,
             )
             fraction = cost * operations / float(np.median(row.ours)) / peak
-            rows.append(row._replace(notes={"roofline_fraction": fraction}))
+            rows.append(row._replace(notes=notes | {"roofline_fraction": fraction}))
     return rows
 
 

@@ -9,10 +9,10 @@ parts that are attended to side by side and merged by their normalisers (flash d
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels import backends
+from rollax.kernels import backends, flash_prefill
 from rollax.kernels.decode_attention import xla
 from rollax.kernels.decode_attention.reference import reference
-from rollax.kernels.flash_prefill.api import attend, refusals
+from rollax.kernels.flash_prefill.api import attend
 
 TILE = {"pallas_tpu": 16, "interpret": 16, "pallas_mgpu": 64}  # rows of the smallest tile in every dtype
 BLOCKS = (512, 256, 128, 64, 32, 16)  # keys of a block: the largest that divides the cache
@@ -126,12 +126,7 @@ def decode_attention(
         raise ValueError(f"mask must be bool [{B}, {k.shape[2]}], got {mask.dtype}{list(mask.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    chosen = backends.resolve(
-        "decode_attention",
-        implementation,
-        refusals_of(implementation, q, k, mask, window),
-        explain=explain,
-    )
+    chosen = choose(implementation, q, k, mask, window, explain)
     length = jnp.clip(jnp.broadcast_to(length, (B,)).astype(jnp.int32), 0, k.shape[2])
     if window is not None and window < k.shape[2]:
         k, v, length, mask = last_keys(k, v, length, mask, window)
@@ -148,13 +143,16 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def refusals_of(implementation, q, k, mask, window) -> dict[str, str | None]:
-    """Why the kernel in question cannot take a call, as `backends.resolve` wants it."""
+def choose(implementation, q, k, mask, window, explain) -> str:
+    """The implementation, see `rollax.kernels.backends.resolve`."""
     slots = k.shape[2] if window is None else min(window, k.shape[2])
     block = block_of(slots)
-    found = refusals(implementation, q, k, tile=max(TILE.values()), block=block or BLOCKS[0])
-    if mask is not None:
-        return dict.fromkeys(found, "it takes no mask")
-    if not block:
-        return dict.fromkeys(found, f"the cache must have a multiple of {BLOCKS[-1]} slots, got {slots}")
-    return found
+
+    def ask(kernels):
+        if mask is not None:
+            return "it takes no mask"
+        if not block:
+            return f"the cache must have a multiple of {BLOCKS[-1]} slots, got {slots}"
+        return kernels.refusal(q.dtype, k.dtype, q.shape[-1], max(TILE.values()), block)
+
+    return backends.choose("decode_attention", flash_prefill.__package__, implementation, ask, explain=explain)

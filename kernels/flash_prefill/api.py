@@ -7,7 +7,6 @@ One internal operator, `attend`, serves both versions, dense attention, windows 
 listed blocks of keys, head-major. `reference.py` is its definition, the other modules its backends.
 """
 
-import importlib
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,27 +53,17 @@ class Plan(NamedTuple):
 # The internal operator: backends behind custom_vjp, custom_vmap.
 
 
-def backend(implementation: str, function: str):
-    """The function of a backend module, which is imported when first asked for."""
-    module = "pallas_tpu" if implementation == "interpret" else implementation
-    found = getattr(importlib.import_module(f"rollax.kernels.flash_prefill.{module}"), function)
-    return partial(found, interpret=True) if implementation == "interpret" else found
+def choose(operator: str, implementation: str | None, q, k, *, tile: int, block: int, lists: int = 1, explain=False):
+    """The implementation for `[S, H, D]` q and k, see `rollax.kernels.backends.resolve`.
 
-
-def refusals(
-    implementation: str | None, q, k, *, tile: int, block: int, lists: int | None = None
-) -> dict[str, str | None]:
-    """For `backends.resolve`: why the kernel in question cannot take `[S, H, D]` q and k; imports no other.
-
-    Args:
-      lists: the longest list of blocks or tiles that there can be; None where none is read.
+    lists: the longest list of blocks or tiles that there can be.
     """
-    here = backends.KERNEL_OF.get(jax.default_backend())
-    named = {None: here, "pallas": here, "interpret": "pallas_tpu"}.get(implementation, implementation)
-    if named not in ("pallas_tpu", "pallas_mgpu"):
-        return {}
-    scalars = {} if named == "pallas_mgpu" or lists is None else dict(slots=lists, repeat=q.shape[1] // k.shape[1])
-    return {named: backend(named, "refusal")(q.dtype, k.dtype, q.shape[-1], tile, block, **scalars)}
+
+    def ask(kernels):
+        how = dict(slots=lists, repeat=q.shape[1] // k.shape[1])
+        return kernels.refusal(q.dtype, k.dtype, q.shape[-1], tile, block, **how)
+
+    return backends.choose(operator, __package__, implementation, ask, explain=explain)
 
 
 def folded(function):
@@ -92,10 +81,9 @@ def folded(function):
 
 
 def call_backend(name: str, plan: Plan, *args, **static):
-    function = partial(
-        backend(plan.implementation, name), tile=plan.tile, block=plan.block, group=plan.group, scale=plan.scale
-    )
-    return folded(partial(function, **static))(*args)
+    module, more = backends.backend(__package__, plan.implementation)
+    sizes = dict(tile=plan.tile, block=plan.block, group=plan.group, scale=plan.scale)
+    return folded(partial(getattr(module, name), **sizes, **static, **more))(*args)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -297,8 +285,7 @@ def energy_of(operator, q, kbar, offset, length, plan: Plan, row_normalised, rul
     name, wanted = "row_energy" if row_normalised else "energy", plan.implementation
     if row_normalised and wanted in backends.IMPLEMENTATIONS and wanted != "reference":
         wanted = "xla"  # an ablation, with no kernel of its own; what is named is for the attention
-    refused = refusals(wanted, q, q, tile=plan.tile, block=plan.block)
-    chosen = backends.resolve(operator, wanted, refused, explain=explain)
+    chosen = choose(operator, wanted, q, q, tile=plan.tile, block=plan.block, explain=explain)
     H = q.shape[0]
     ends = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in (offset, length))
     return BlockEnergy(*call_backend(name, plan._replace(implementation=chosen), q, kbar, *ends, rule=rule))
@@ -344,8 +331,8 @@ def block_sparse_attention(
         raise ValueError("kbar and vbar must be given together")
     length = S if length is None else length
     check_length("length", length, S)
-    refused = refusals(implementation, q, k, tile=B, block=B, lists=n)
-    chosen = backends.resolve("block_sparse_attention", implementation, refused, explain=explain)
+    how = dict(tile=B, block=B, lists=n, explain=explain)
+    chosen = choose("block_sparse_attention", implementation, q, k, **how)
     rows, means = head_major(valid_tokens(q, length), B), None
     if kbar is not None:
         for name, x in (("kbar", kbar), ("vbar", vbar)):
@@ -426,8 +413,7 @@ def flash_prefill(
     n = -(-S // B)
     length = S if length is None else length
     check_length("length", length, S)
-    refused = refusals(implementation, q, k, tile=B, block=B, lists=n)
-    chosen = backends.resolve("flash_prefill", implementation, refused, explain=explain)
+    chosen = choose("flash_prefill", implementation, q, k, tile=B, block=B, lists=n, explain=explain)
     kbar = mean_pool(k, B, length)
     energy = block_energy(q, kbar, cfg, scale=scale, length=length, implementation=chosen)
     n_valid = -(-length // B)
@@ -441,7 +427,9 @@ def flash_prefill(
     return out, PrefillStats(selection.density(mask, visible), index.overflow)
 
 
-def packed_energy(q, kbar, cfg: PackedPrefillConfig, *, prefix=0, length=None, scale=None, implementation=None):
+def packed_energy(
+    q, kbar, cfg: PackedPrefillConfig, *, prefix=0, length=None, scale=None, implementation=None, explain=False
+) -> BlockEnergy:
     """V2's energies of each tile of packed rows and mean key, float32 `[HK, T, n]`; no gradient (arXiv 2608.19758).
 
     A block is scored if the tile's last row sees it whole; of its rows, those that see the block's first token count.
@@ -449,6 +437,8 @@ def packed_energy(q, kbar, cfg: PackedPrefillConfig, *, prefix=0, length=None, s
     Args:
       q: `[S, HQ, D]`; kbar: `[n, HK, D]` of all keys, from `mean_pool` at cfg.block_size.
       prefix: keys before the first query; length: valid queries, None for S. Both may be traced.
+      scale: of the logits; None for 1 / sqrt(D).
+      implementation, explain: see `rollax.kernels.backends.resolve`.
     """
     S, HQ, D = q.shape
     heads = kbar.shape[1]
@@ -456,7 +446,7 @@ def packed_energy(q, kbar, cfg: PackedPrefillConfig, *, prefix=0, length=None, s
     plan = Plan(cfg.tile_rows, cfg.block_size, HQ // heads, scale_of(scale, D), implementation)
     length = prefix + (S if length is None else length)
     return energy_of(
-        "packed_energy", rows, jnp.swapaxes(kbar, 0, 1), prefix, length, plan, cfg.row_normalised, "first", False
+        "packed_energy", rows, jnp.swapaxes(kbar, 0, 1), prefix, length, plan, cfg.row_normalised, "first", explain
     )
 
 
@@ -501,8 +491,8 @@ def flash_prefill_packed(
     length = S if length is None else length
     check_length("length", length, S)
     tiles, n = -(-S * group // cfg.tile_rows), -(-SK // B)
-    refused = refusals(implementation, q, k, tile=cfg.tile_rows, block=B, lists=max(tiles, n))
-    chosen = backends.resolve("flash_prefill_packed", implementation, refused, explain=explain)
+    how = dict(tile=cfg.tile_rows, block=B, lists=max(tiles, n), explain=explain)
+    chosen = choose("flash_prefill_packed", implementation, q, k, **how)
     kbar = mean_pool(k, B, prefix + length)
     energy = packed_energy(q, kbar, cfg, prefix=prefix, length=length, scale=scale, implementation=chosen)
     span = dict(group=group, prefix=prefix, length=length)
@@ -529,8 +519,8 @@ def masked_attention(operator, q, k, v, mask, slots, block_size, scale, length, 
     index = compact_index(mask, slots)
     heads = q.shape[1]
     every = BlockIndex(*(jnp.broadcast_to(x, (heads, *x.shape)) for x in index[:2]), index.overflow)
-    refused = refusals(implementation, q, k, tile=block_size, block=block_size, lists=mask.shape[0])
-    chosen = backends.resolve(operator, implementation, refused, explain=explain)
+    lists = dict(tile=block_size, block=block_size, lists=mask.shape[0])
+    chosen = choose(operator, implementation, q, k, **lists, explain=explain)
     how = dict(block_size=block_size, scale=scale, length=length, implementation=chosen)
     return block_sparse_attention(q, k, v, every, **how)
 

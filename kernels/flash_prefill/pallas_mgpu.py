@@ -22,6 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rollax.kernels.backends import hopper_refusal
+from rollax.kernels.mosaic_gpu import matrix, transposed
+
 LOG2E = math.log2(math.e)
 HIDDEN = -1e30  # logit of a pair that may not attend: finite, lest a row that has seen nothing yields NaN
 LOWEST = -5e29  # where the running maximum starts: 2^(HIDDEN - LOWEST) is 0
@@ -35,21 +38,15 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def refusal(q_dtype, k_dtype, head_width, tile, block, *, device=None) -> str | None:
+def refusal(q_dtype, k_dtype, head_width, tile, block, *, slots=1, repeat=1) -> str | None:
     """Why the kernels cannot take this call, None if they can.
 
     Args:
       q_dtype, k_dtype: of q and of k, v; head_width: D; tile: packed rows of a tile; block: keys of a block.
-      device: the GPU that will run it; None for the first one here, and for none where there is no GPU (as in
-        lowering or compiling ahead of time).
+      slots, repeat: any, since lists stay in device memory.
     """
-    if device is None and jax.default_backend() in ("gpu", "cuda"):
-        device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if device is not None and capability != "9.0":
-        return f"needs a Hopper GPU (compute capability 9.0), got {device.device_kind} ({capability})"
-    if device is not None and 12080 <= cuda_version() < 12091:
-        return f"CUDA 12.8.0 to 12.9.0 miscompile causal masks, got version {cuda_version()}"
+    if reason := hopper_refusal():
+        return reason
     if q_dtype != k_dtype or q_dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs q, k, v all bfloat16 or all float16, got {jnp.dtype(q_dtype)} and {jnp.dtype(k_dtype)}"
     if head_width not in (64, 128):
@@ -59,13 +56,6 @@ def refusal(q_dtype, k_dtype, head_width, tile, block, *, device=None) -> str | 
     if tile > MAX_TILE:
         return f"needs tiles of at most {MAX_TILE} rows, got {tile}"
     return None
-
-
-def cuda_version() -> int:
-    """Of the runtime, as 1000 major + 10 minor; jax's own attention kernel asks in the same way."""
-    from jax._src.lib import cuda_versions
-
-    return cuda_versions.cuda_runtime_get_version()
 
 
 def check_scale(scale):
@@ -86,15 +76,6 @@ class Static(NamedTuple):
     heads: int
     consumers: int
     interpretable: bool = False
-
-
-def matrix(*shape, dtype):
-    """Shared memory for operands of matrix products."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
-def transposed(ref):
-    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
 def load(ref, layout):
@@ -358,10 +339,10 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale,
     keys = at_once(block)
     full = full_blocks(index, count, offset, length, tile=tile, block=block, group=group)
     buffers = (
-        matrix(static.consumers, ROWS, D, dtype=q.dtype),
-        (matrix(STAGES, keys, D, dtype=q.dtype),) * 2,
+        matrix(q.dtype, static.consumers, ROWS, D),
+        (matrix(q.dtype, STAGES, keys, D),) * 2,
         plgpu.SMEM((static.consumers, ROWS), jnp.float32),
-        matrix(static.consumers, ROWS, keys, dtype=q.dtype) if interpretable else None,
+        matrix(q.dtype, static.consumers, ROWS, keys) if interpretable else None,
         plgpu.Barrier(num_barriers=static.consumers),
         *ring_barriers(2, static.consumers),
         plgpu.Barrier(num_arrivals=static.consumers),
@@ -532,10 +513,10 @@ def backward(
     static = Static(tile, block, scale, H // HK, consumers_of(tile), interpretable)
     keys = at_once(block)
     buffers = (
-        (matrix(static.consumers, ROWS, D, dtype=dtype),) * 2,
+        (matrix(dtype, static.consumers, ROWS, D),) * 2,
         (plgpu.SMEM((static.consumers, ROWS), jnp.float32),) * 2,
-        (matrix(STAGES, keys, D, dtype=dtype),) * 2,
-        matrix(static.consumers, ROWS, keys, dtype=dtype) if interpretable else None,
+        (matrix(dtype, STAGES, keys, D),) * 2,
+        matrix(dtype, static.consumers, ROWS, keys) if interpretable else None,
         (plgpu.Barrier(num_barriers=static.consumers),) * 4,
         *ring_barriers(2, static.consumers),
     )
@@ -546,9 +527,9 @@ def backward(
 
     static = static._replace(consumers=consumers_of(block))
     buffers = (
-        (matrix(static.consumers, ROWS, D, dtype=dtype),) * 2,
-        ((matrix(STAGES, ROWS, D, dtype=dtype), plgpu.SMEM((STAGES, ROWS), jnp.float32)),) * 2,
-        matrix(static.consumers, ROWS, ROWS, dtype=dtype) if interpretable else None,
+        (matrix(dtype, static.consumers, ROWS, D),) * 2,
+        ((matrix(dtype, STAGES, ROWS, D), plgpu.SMEM((STAGES, ROWS), jnp.float32)),) * 2,
+        matrix(dtype, static.consumers, ROWS, ROWS) if interpretable else None,
         (plgpu.Barrier(num_barriers=static.consumers),) * 2,
         *ring_barriers(2, static.consumers, size=2),
     )
@@ -637,8 +618,8 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
     by_all, by_any = (jnp.clip(x + 1, 0, n) for x in (jnp.min(of_tile, axis=-1), jnp.max(of_tile, axis=-1)))
     static = Static(tile, block, scale, H // HK, consumers=2)
     buffers = (
-        matrix(tile // rows, rows, D, dtype=q.dtype),
-        matrix(STAGES, 2 * ROWS, D, dtype=q.dtype),
+        matrix(q.dtype, tile // rows, rows, D),
+        matrix(q.dtype, STAGES, 2 * ROWS, D),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.Barrier(num_arrivals=tile // rows),

@@ -19,9 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import alike
+from rollax.kernels.backends import alike, backend, choose, named
 from rollax.kernels.ttt import reference
-from rollax.kernels.ttt.dispatch import backend, choose
 
 
 class FastWeights(NamedTuple):
@@ -61,7 +60,7 @@ def per_row(x, B, H, ndim):
 
 def run(chosen, name, *args, **static):
     """A backend's function; inside `shard_map` its results vary as the arguments do, which not all kernels say."""
-    module, more = backend(chosen)
+    module, more = backend(__package__, chosen)
     leaves, tree = jax.tree.flatten(getattr(module, name)(*args, **static, **more))
     return tree.unflatten(alike(args[0], *leaves)[1:])
 
@@ -123,11 +122,12 @@ def ttt_linear_scan(
     Returns:
       (out `[B, H, L, f]` in q's dtype, params after the last token `[B, H, ...]` in float32 at least).
     Raises:
-      ValueError: shapes that do not fit, mini_batch or checkpoint_every below 1, an unknown form or implementation.
+      ValueError: shapes that do not fit, mini_batch or checkpoint_every below 1, an unknown form or implementation,
+        both `implementation` and `impl`.
     """
     shapes = lambda H, f: ((H, f, f), (H, 1, f))  # noqa: E731
     arguments = (q, k, v, eta_pos, gate, params, ln, mini_batch, form, checkpoint_every)
-    final, out = ttt_public("ttt_linear_scan", shapes, *arguments, implementation or impl, explain)
+    final, out = ttt_public("ttt_linear_scan", shapes, *arguments, named(implementation, impl), explain)
     return out, LinearWeights(*final)
 
 
@@ -153,7 +153,7 @@ def ttt_mlp_scan(
     """
     shapes = lambda H, f: ((H, f, 4 * f), (H, 1, 4 * f), (H, 4 * f, f), (H, 1, f))  # noqa: E731
     arguments = (q, k, v, eta_pos, gate, params, ln, mini_batch, form, checkpoint_every)
-    final, out = ttt_public("ttt_mlp_scan", shapes, *arguments, implementation or impl, explain)
+    final, out = ttt_public("ttt_mlp_scan", shapes, *arguments, named(implementation, impl), explain)
     return out, MLPWeights(*final)
 
 
@@ -186,7 +186,7 @@ def ttt_public(
             raise ValueError(f'form "primal" is implementation "reference", got {implementation!r}')
         implementation = "reference"
     ask = lambda kernels: kernels.refusal(operator, q, params, mini_batch, checkpoint_every)  # noqa: E731
-    chosen = choose(operator, implementation, explain, ask)
+    chosen = choose(operator, __package__, implementation, ask, explain=explain)
     q, k, v, gate = (fold(x, B, H) for x in (q, k, v, gate))
     params = tuple(per_row(x, B, H, 2) for x in params)
     ln = [per_row(x, B, H, 1) for x in ln]
@@ -275,7 +275,7 @@ def lact_apply(w, q, *, implementation=None, impl=None, explain=False):
         raise ValueError(f"tokens must be [B, H, L, d], got {q.shape}")
     B, H, _, d = q.shape
     rows = check_weights(w, B, H, d)
-    chosen = choose_lact("lact_apply", implementation or impl, explain, q, rows)
+    chosen = choose_lact("lact_apply", named(implementation, impl), explain, q, rows)
     return apply_of(chosen)(*alike(*rows, fold(q, B, H))).reshape(q.shape)
 
 
@@ -295,14 +295,15 @@ def lact_grads(w, k, v, lr, *, implementation=None, impl=None, explain=False):
     check_tokens(k, k, v, lr)
     B, H, _, d = k.shape
     rows = check_weights(w, B, H, d)
-    chosen = choose_lact("lact_grads", implementation or impl, explain, k, rows)
+    chosen = choose_lact("lact_grads", named(implementation, impl), explain, k, rows)
     grads = grads_of(chosen)(*alike(*rows, *(fold(x, B, H) for x in (k, v, lr.astype(rows.w0.dtype)))))
     return FastWeights(*(x.reshape(B, H, *x.shape[1:]) for x in grads))
 
 
 def choose_lact(operator, implementation, explain, tokens, w):
     """The implementation of an operator on tokens `[..., L, d]` and weights w."""
-    return choose(operator, implementation, explain, lambda kernels: kernels.refusal(operator, tokens, w))
+    ask = lambda kernels: kernels.refusal(operator, tokens, w)  # noqa: E731
+    return choose(operator, __package__, implementation, ask, explain=explain)
 
 
 def apply_of(chosen):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import alike
+from rollax.kernels.backends import alike, named
 from rollax.kernels.ttt.api import FastWeights, apply_of, check_tokens, check_weights, choose_lact, fold, grads_of
 from rollax.kernels.ttt.newton_schulz import FIXED5, MUON5, newton_schulz, newton_schulz_of
 
@@ -383,7 +383,7 @@ def lact_step(state, q, k, v, lr, mom=None, *, chunk, rule=TRAINED, implementati
     check_state(state, rule)
     rows = Memory(*folded(tuple(state[:4])))
     x = tokens_of(q, k, v, lr, mom, rule, rows.w.w0.dtype)
-    chosen = choose_lact("lact_step", implementation or impl, explain, q, rows.w)
+    chosen = choose_lact("lact_step", named(implementation, impl), explain, q, rows.w)
     buffers = folded(tuple(state[4:8]))
     x = (x[0], *(a if a is None else a.astype(b.dtype) for a, b in zip(x[1:], buffers, strict=True)))
     n = jnp.repeat(state.n_buf, H)
@@ -453,7 +453,7 @@ def lact_scan(
     x = tokens_of(q, k, v, lr, mom, rule, memory.w.w0.dtype)
     leaves, tree = jax.tree.flatten((memory, x))
     memory, x = tree.unflatten(alike(*leaves))
-    chosen = choose_lact("lact_scan", implementation or impl, explain, q, memory.w)
+    chosen = choose_lact("lact_scan", named(implementation, impl), explain, q, memory.w)
     how = rule, operators_of(chosen)
     empty = folded(empty_buffers(B, H, chunk, d, k.dtype, memory.w.w0.dtype, rule))
     if segment_ids is not None:
@@ -549,7 +549,7 @@ def lact_segments(
             raise ValueError(f"segments must be (start, end, update, apply) within 0..{L}, got {segment}")
     memory = fresh(check_weights(w0, B, H, d), rule)
     x = tokens_of(q, k, v, lr, mom, rule, memory.w.w0.dtype)
-    chosen = choose_lact("lact_segments", implementation or impl, explain, q, memory.w)
+    chosen = choose_lact("lact_segments", named(implementation, impl), explain, q, memory.w)
     operators = operators_of(chosen)
     out = jnp.zeros_like(x[0])
     for start, end, update, apply in segments:

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.ttt.dispatch import backend, choose
+from rollax.kernels.backends import backend, choose, named
 
 MUON5 = (
     (4.0848, -6.8946, 2.9270),
@@ -39,7 +39,8 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
         raise ValueError(f"g must be [..., m, n], got {g.shape}")
     if not coeffs or any(len(triple) != 3 for triple in coeffs):
         raise ValueError(f"coeffs must be triples (a, b, c), got {coeffs}")
-    chosen = choose("newton_schulz", implementation or impl, explain, lambda kernels: refusal(kernels, g, coeffs))
+    ask = lambda kernels: refusal(kernels, g, coeffs)  # noqa: E731
+    chosen = choose("newton_schulz", __package__, named(implementation, impl), ask, explain=explain)
     dtype = None if dtype is None else jnp.dtype(dtype).name
     return iterate(g.reshape(-1, *g.shape[-2:]), chosen, coeffs, eps, dtype).reshape(g.shape)
 
@@ -55,7 +56,7 @@ def newton_schulz_of(chosen):
     """`newton_schulz` beside other operators of an implementation: in "xla" where its kernels refuse."""
 
     def run(g, *, coeffs, dtype):
-        fits = chosen in ("reference", "xla") or refusal(backend(chosen)[0], g, coeffs) is None
+        fits = chosen in ("reference", "xla") or refusal(backend(__package__, chosen)[0], g, coeffs) is None
         return newton_schulz(g, coeffs=coeffs, dtype=dtype, implementation=chosen if fits else "xla")
 
     return run
@@ -67,11 +68,17 @@ def iterates(g, coeffs, eps, dtype):
     def body(x, triple):
         a, b, c = triple
         A = x @ x.mT
-        return a * x + (b * A + c * (A @ A)) @ x, x
+        B = (b * A + c * (A @ A)).astype(x.dtype)
+        return (a * x + B @ x).astype(x.dtype), x
 
     norm = jnp.sqrt(jnp.sum(g * g, (-2, -1), keepdims=True))
     start = (g / (norm + eps)).astype(dtype or g.dtype)
-    return *jax.lax.scan(body, start, jnp.asarray(coeffs, start.dtype)), norm
+    return *jax.lax.scan(body, start, wide_coefficients(coeffs, start.dtype)), norm
+
+
+def wide_coefficients(coeffs, dtype):
+    """In float32 at least: rounded to bfloat16 they would be others, and singular values end elsewhere."""
+    return jnp.asarray(coeffs, jnp.promote_types(dtype, jnp.float32))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -81,7 +88,7 @@ def iterate(g, chosen, coeffs, eps, dtype):
         transpose = g.shape[-2] > g.shape[-1]  # A is the smaller of the two Gram matrices
         out = iterates(g.mT if transpose else g, coeffs, eps, dtype)[0].astype(g.dtype)
         return out.mT if transpose else out
-    module, more = backend(chosen)
+    module, more = backend(__package__, chosen)
     return module.newton_schulz(g, coeffs=coeffs, eps=eps, dtype=dtype, **more)
 
 
@@ -94,7 +101,7 @@ def backward(chosen, coeffs, eps, dtype, g, d):
         transpose = g.shape[-2] > g.shape[-1]
         d_g = pull_back(g.mT if transpose else g, d.mT if transpose else d, coeffs, eps, dtype)
         return (d_g.mT if transpose else d_g,)
-    module, more = backend(chosen)
+    module, more = backend(__package__, chosen)
     return (module.newton_schulz_backward(g, d, coeffs=coeffs, eps=eps, dtype=dtype, **more),)
 
 
@@ -108,11 +115,12 @@ def pull_back(g, d, coeffs, eps, dtype):
     def body(d, step):
         (a, b, c), x = step
         A = x @ x.mT
+        B = (b * A + c * (A @ A)).astype(x.dtype)
         dB = d @ x.mT
         dA = b * dB + c * (dB @ A + A @ dB)
-        return a * d + (b * A + c * (A @ A)) @ d + (dA + dA.mT) @ x, None
+        return (a * d + B @ d + (dA + dA.mT).astype(x.dtype) @ x).astype(x.dtype), None
 
-    d, _ = jax.lax.scan(body, d.astype(last.dtype), (jnp.asarray(coeffs, last.dtype), xs), reverse=True)
+    d, _ = jax.lax.scan(body, d.astype(last.dtype), (wide_coefficients(coeffs, last.dtype), xs), reverse=True)
     d = d.astype(g.dtype)
     along = jnp.sum(g * d, (-2, -1), keepdims=True)
     return d / (norm + eps) - g * along / (jnp.where(norm > 0, norm, 1) * (norm + eps) ** 2)

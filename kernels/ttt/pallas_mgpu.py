@@ -3,9 +3,9 @@
 TTT-Linear: `pallas_mgpu_linear`. TTT-MLP: `pallas_mgpu_mlp`, its backward pass by `xla`. LaCT: `pallas_mgpu_lact`.
 """
 
-import jax
 import jax.numpy as jnp
 
+from rollax.kernels.backends import hopper_refusal
 from rollax.kernels.ttt.pallas_mgpu_lact import (
     STEP,
     lact_apply,
@@ -39,10 +39,8 @@ def refusal(operator, tokens, params, mini_batch=None, group=None) -> str | None
       mini_batch: of the TTT operators.
       group: any; states are saved every 4 mini-batches at the latest.
     """
-    if jax.default_backend() in ("gpu", "cuda"):
-        device = jax.devices()[0]
-        if getattr(device, "compute_capability", None) != "9.0":
-            return f"wgmma needs a Hopper GPU (compute capability 9.0), this is {device.device_kind}"
+    if reason := hopper_refusal():
+        return reason
     if tokens.dtype not in (jnp.float16, jnp.bfloat16):
         return f"tokens must be float16 or bfloat16, got {tokens.dtype}"
     if any(x.dtype == jnp.float64 for x in params):

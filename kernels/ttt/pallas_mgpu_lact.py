@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rollax.kernels.ttt.pallas_mgpu_common import matrix, sigmoid, transposed
+from rollax.kernels.mosaic_gpu import matrix, sigmoid, transposed
 
 ROWS = 64  # tokens of a warpgroup: the height of a wgmma
 WARPGROUPS = 2

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rollax.kernels.ttt.pallas_mgpu_common import matrix, transposed
+from rollax.kernels.mosaic_gpu import matrix, transposed
 
 WIDTH = 64  # of a head, and the rows of a tile
 TILE = (WIDTH, WIDTH)

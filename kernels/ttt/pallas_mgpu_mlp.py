@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rollax.kernels.mosaic_gpu import sigmoid, transposed
 from rollax.kernels.ttt import xla
-from rollax.kernels.ttt.pallas_mgpu_common import sigmoid, transposed
 from rollax.kernels.ttt.pallas_mgpu_linear import (
     TILE,
     WIDTH,

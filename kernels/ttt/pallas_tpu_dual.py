@@ -22,33 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rollax.kernels.ttt.pallas_tpu_common import BUDGET, LANES, NN, NT, TN, dot, matrix_bytes, padded
-
-LN_EPS = 1e-6
-
-
-def normalise(z):
-    """(z - mean) / std and 1 / std over the last axis."""
-    centred = z - jnp.mean(z, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LN_EPS)
-    return centred * inverse, inverse
-
-
-def layer_norm(z, weight, bias):
-    return normalise(z)[0] * weight + bias
-
-
-def loss_gradient(z, target, weight, bias):
-    """d (0.5 ||LN(z) - target||^2) / d z."""
-    x, inverse = normalise(z)
-    e = (x * weight + bias - target) * weight
-    return (e - jnp.mean(e, axis=-1, keepdims=True) - x * jnp.mean(e * x, axis=-1, keepdims=True)) * inverse
-
-
-def gelu(x):
-    """tanh-GELU and its derivative."""
-    a, c = 0.7978845608028654, 0.044715
-    t = jnp.tanh(a * (x + c * x * x * x))
-    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * a * (1 + 3 * c * x * x)
+from rollax.kernels.ttt.xla import gelu_and_slope, reconstruction_gradient, standardise
 
 
 def step(params, q, k, v, gate, last, rows, weight, bias, *, dtype):
@@ -81,21 +55,21 @@ def step(params, q, k, v, gate, last, rows, weight, bias, *, dtype):
     if len(params) == 2:
         w, b = params
         z = product(jnp.concatenate([k, q], axis=1), w, NN) + b
-        g = loss_gradient(z[:, :K], v - k, weight, bias)
+        g = reconstruction_gradient(z[:, :K], v - k, weight, bias)
         z = z[:, K:] - attend(q, k, g)
         g = rate * g
-        return q + layer_norm(z, weight, bias), (w - product(k, g, TN), b - total(g))
+        return q + standardise(z)[0] * weight + bias, (w - product(k, g, TN), b - total(g))
 
     w1, b1, w2, b2 = params
     z1 = product(jnp.concatenate([k, q], axis=1), w1, NN) + b1
-    x2, slope = gelu(z1[:, :K])
-    g2 = loss_gradient(product(x2, w2, NT) + b2, v - k, weight, bias)
+    x2, slope = gelu_and_slope(z1[:, :K])
+    g2 = reconstruction_gradient(product(x2, w2, NT) + b2, v - k, weight, bias)
     g1 = product(g2, w2, NN) * slope
-    x2q, _ = gelu(z1[:, K:] - attend(q, k, g1))
+    x2q, _ = gelu_and_slope(z1[:, K:] - attend(q, k, g1))
     z2q = product(x2q, w2, NT) + b2 - attend(x2q, x2, g2)
     g1, g2 = rate * g1, rate * g2
     new = (w1 - product(k, g1, TN), b1 - total(g1), w2 - product(g2, x2, TN), b2 - total(g2))
-    return q + layer_norm(z2q, weight, bias), new
+    return q + standardise(z2q)[0] * weight + bias, new
 
 
 def load(blocks, m, mini_batch, heads):

@@ -34,7 +34,7 @@ def sliding_window_attention(
         raise ValueError(f"window must be at least 1, got {window}")
     if segment_ids is not None and jnp.shape(segment_ids) != (B, L):
         raise ValueError(f"segment_ids must be [{B}, {L}], got {jnp.shape(segment_ids)}")
-    chosen = backends.resolve("sliding_window_attention", implementation or impl, {}, explain=explain)
+    chosen = backends.resolve("sliding_window_attention", backends.named(implementation, impl), {}, explain=explain)
     ids = jnp.zeros((B, L), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     q = q.reshape(B, k.shape[1], -1, L, d)
     attend = dense if chosen == "reference" else banded

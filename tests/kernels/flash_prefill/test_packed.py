@@ -1,5 +1,6 @@
 """Version 2 of FlashPrefill (packed tiles, prefix, mean correction): golden values, limits, chunks of one prompt."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -20,10 +21,14 @@ from rollax.kernels.flash_prefill import (
 from rollax.tests.support import GOLDEN
 
 IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.slow)]
+SLOW_REFERENCE = pytest.param("reference", marks=pytest.mark.slow)
 ARRAYS = dict(np.load(GOLDEN / "flashprefill.npz"))
+V2 = ["v2a", "v2b", "v2c"]
 DENSE = PackedPrefillConfig(alpha=0.0, block_size=8, tile_rows=8, sink_blocks=0, window_blocks=1, last_full_tiles=0)
 SPARSE = PackedPrefillConfig(alpha=1.0, block_size=8, tile_rows=8, sink_blocks=0, window_blocks=1, last_full_tiles=0)
-run = jax.jit(flash_prefill_packed, static_argnames=("cfg", "slots", "correction", "implementation"))
+run = jax.jit(
+    flash_prefill_packed, static_argnames=("cfg", "slots", "correction", "dense_on_overflow", "implementation")
+)
 
 
 def case_of(name):
@@ -35,7 +40,7 @@ def case_of(name):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["v2a", "v2b", "v2c"])
+@pytest.mark.parametrize("name", V2)
 def test_golden_selection(name, implementation):
     arrays, cfg, prefix = case_of(name)
     kbar = mean_pool(arrays["k"], cfg.block_size)
@@ -57,7 +62,7 @@ def test_golden_selection(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("name", ["v2a", "v2b", "v2c"])
+@pytest.mark.parametrize("name", V2)
 def test_golden_energies_in_double_precision(name, implementation):
     arrays, cfg, prefix = case_of(name)
     with jax.enable_x64(True):
@@ -68,8 +73,16 @@ def test_golden_energies_in_double_precision(name, implementation):
         np.testing.assert_allclose(score(energy)[sparse], arrays["energy"][sparse], rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["v2a", "v2b", "v2c"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *itertools.product(V2, ["xla"]),
+        *(
+            pytest.param(name, implementation, marks=[pytest.mark.slow] * (name != V2[0]))
+            for name, implementation in itertools.product(V2, ["reference", "interpret"])
+        ),
+    ],
+)
 def test_golden_outputs(name, implementation):
     arrays, cfg, prefix = case_of(name)
     qkv = tuple(arrays[x] for x in "qkv")
@@ -104,7 +117,7 @@ def random_qkv(seed=0, S=24, SK=48, HQ=6, HK=2, D=8, dtype=jnp.float32):
     return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [SLOW_REFERENCE, *IMPLEMENTATIONS[1:]])
 def test_chunks_of_a_prompt_are_the_prompt(implementation):
     """Dense selection: a prompt read in chunks of traced prefix and length over one cache equals it read at once."""
     q, k, v = random_qkv(S=48)
@@ -125,7 +138,7 @@ def test_chunks_of_a_prompt_are_the_prompt(implementation):
         assert (out[length:] == 0).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [SLOW_REFERENCE, *IMPLEMENTATIONS[1:]])
 def test_correction_is_exact_for_constant_blocks(implementation):
     q, k, v = random_qkv(seed=1)
     k, v = (jnp.repeat(x[::8], 8, axis=0) for x in (k, v))
@@ -150,7 +163,7 @@ def test_gradients_are_finite_differences(implementation):
     """Through the sparse part, the mean keys and the mean values; the steps are too small to change the selection."""
     with jax.enable_x64(True):
         q, k, v = random_qkv(seed=4, S=13, SK=30, D=4, dtype=jnp.float64)
-        f = lambda q, k, v: flash_prefill_packed(q, k, v, SPARSE, prefix=17, implementation=implementation)[0]  # noqa: E731
+        f = lambda q, k, v: run(q, k, v, SPARSE, prefix=17, implementation=implementation)[0]  # noqa: E731
         assert f(q, k, v).dtype == jnp.float64
         check_grads(f, (q, k, v), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6)
 
@@ -159,7 +172,7 @@ def test_overflow_and_density():
     q, k, v = random_qkv(seed=5)
     _, stats = run(q, k, v, DENSE, prefix=24, slots=3)
     assert stats.overflow and stats.density == 1
-    fall_back = partial(flash_prefill_packed, q, k, v, DENSE, prefix=24)
+    fall_back = partial(run, q, k, v, DENSE, prefix=24)
     saved, stats = fall_back(slots=3, dense_on_overflow=True)
     assert stats.overflow
     np.testing.assert_allclose(saved, fall_back()[0], rtol=0, atol=1e-6)

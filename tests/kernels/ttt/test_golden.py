@@ -1,5 +1,6 @@
 """Every array of golden/spatial_ttt.npz: the authors' layers (and forms checked against them) in float64."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -43,8 +44,16 @@ def rates(g):
     return eta_pos, 1 / (1 + np.exp(-z))
 
 
-@pytest.mark.parametrize("form", ["dual", "primal"])
-@pytest.mark.parametrize("name", ["ttt_linear_a", "ttt_linear_b", "ttt_mlp_a", "ttt_mlp_b"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((f"ttt_{kind}_{letter}", "dual") for kind in ("linear", "mlp") for letter in "ab"),
+        ("ttt_linear_b", "primal"),
+        ("ttt_mlp_b", "primal"),
+        pytest.param("ttt_linear_a", "primal", marks=pytest.mark.slow),
+        pytest.param("ttt_mlp_a", "primal", marks=pytest.mark.slow),
+    ],
+)
 def test_ttt(name, form):
     g = case(name)
     kind = name.split("_")[1]
@@ -91,11 +100,13 @@ def test_newton_schulz(name):
     single = ttt.newton_schulz(g["in"].astype(np.float32))
     assert single.dtype == jnp.float32
     close(single, g["out_schedule5"], 5e-6)
-    # Both bfloat16 runs round their products; each may be off by 0.03 an entry.
-    half = ttt.newton_schulz(g["in"].astype(np.float32), dtype="bfloat16")
+    # Both bfloat16 runs round their products: ours is off by 0.014 an entry at most, the authors' by 0.023.
+    half, pull = jax.vjp(partial(ttt.newton_schulz, dtype="bfloat16"), g["in"].astype(np.float32))
     assert half.dtype == jnp.float32
-    np.testing.assert_allclose(half, g["out_schedule5"], atol=0.03)
-    np.testing.assert_allclose(half, g["out_schedule5_bf16ref"], atol=0.06)
+    np.testing.assert_allclose(half, g["out_schedule5"], rtol=0, atol=0.016)
+    np.testing.assert_allclose(half, g["out_schedule5_bf16ref"], rtol=0, atol=0.035)
+    gradient = pull(g["cotangent"].astype(np.float32))[0]
+    np.testing.assert_allclose(gradient, g["grad_in"], rtol=0, atol=0.08 * np.abs(g["grad_in"]).max())
 
 
 def lact_inputs(g):

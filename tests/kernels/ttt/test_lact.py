@@ -69,7 +69,7 @@ def test_prefixes():
         assert not np.allclose(other[:, :, t], out[:, :, t])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["muon", "post", pytest.param("descent", marks=pytest.mark.slow)])
 def test_any_slicing(rule):
     rule, w, x = RULES[rule], weights(), stream(20)
     expected = scan(w, *x, chunk=C, rule=rule)
@@ -125,7 +125,7 @@ def test_gradients_through_slices():
 PACKED = [[0] * 13 + [7] * 4 + [-1] * 8 + [3] * 5, [-1] * 3 + [1] * 5 + [2] * 13 + [0] * 4 + [-1] * 5]
 
 
-@pytest.mark.parametrize("rule", ["muon", "descent"])
+@pytest.mark.parametrize("rule", ["muon", pytest.param("descent", marks=pytest.mark.slow)])
 def test_packing(rule):
     rule, ids, w = RULES[rule], np.asarray(PACKED), weights()
     L = ids.shape[1]
@@ -155,6 +155,7 @@ def test_packing(rule):
     close(dw, total, 1e-8)
 
 
+@pytest.mark.slow  # `test_packing` has several
 def test_one_segment_is_the_plain_scan():
     w, x = weights(), stream(13)
     close(scan(w, *x, chunk=C, segment_ids=jnp.zeros((B, 13), int)), scan(w, *x, chunk=C))
@@ -251,8 +252,8 @@ def test_operators_equal_the_reference(implementation):
 
 def test_gradients_are_finite_differences():
     w, (q, k, v, lr, mom) = weights(heads=1, hidden=3), stream(7, rows=1, heads=1)
-    check_grads(ttt.lact_apply, (w, q), 1, ["rev"], 1e-6, 1e-6)
-    check_grads(ttt.lact_grads, (w, k, v, lr), 1, ["rev"], 1e-6, 1e-6)
+    check_grads(jax.jit(ttt.lact_apply), (w, q), 1, ["rev"], 1e-6, 1e-6)
+    check_grads(jax.jit(ttt.lact_grads), (w, k, v, lr), 1, ["rev"], 1e-6, 1e-6)
     run = jax.jit(lambda *x: ttt.lact_scan(*x, chunk=3, rule=MUON)[0])
     check_grads(run, (w, q, k, v, lr, mom), 1, ["rev"], 1e-5, 1e-5, eps=1e-6)  # Muon is steep
 
@@ -262,8 +263,9 @@ def test_states_are_computed_again():
     w, x = weights(), stream(8 * C)
 
     def kept(every):
-        _, pull = jax.vjp(lambda w, x: ttt.lact_scan(w, *x, chunk=C, rule=MUON, checkpoint_every=every)[0], w, x)
-        return pull, sum(a.size for a in jax.tree.leaves(pull) if hasattr(a, "size"))
+        run = lambda w, x: ttt.lact_scan(w, *x, chunk=C, rule=MUON, checkpoint_every=every)[0]  # noqa: E731
+        pull = jax.jit(lambda w, x: jax.vjp(run, w, x)[1])(w, x)
+        return jax.jit(lambda d: pull(d)), sum(a.size for a in jax.tree.leaves(pull) if hasattr(a, "size"))
 
     (pull_1, size_1), (pull_3, size_3) = kept(1), kept(3)
     cotangent = jnp.ones((B, H, 8 * C, D))
@@ -304,7 +306,7 @@ def test_narrow_tokens_keep_a_wide_state():
     np.testing.assert_allclose(np.asarray(out, float), expected, rtol=0.1, atol=0.1 * np.abs(expected).max())
 
 
-def recall(rule, rate, ages, seeds=6, d=64, objects=8, copies=8, chunks=12):
+def recall(rule, rate, ages, seeds=3, d=64, objects=8, copies=8, chunks=12):
     """Mean recall@1 among a chunk's objects, for chunks that are `ages` chunks old when the stream ends."""
 
     def one(key):

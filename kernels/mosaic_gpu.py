@@ -1,4 +1,4 @@
-"""What the Hopper kernels of test-time training share."""
+"""What the Mosaic GPU kernels of several operators share; only they import it, since it imports Pallas."""
 
 import jax.numpy as jnp
 from jax import lax
