@@ -27,3 +27,15 @@ def pytest_collection_modifyitems(items):
     if on_devices and jax.default_backend() not in ("gpu", "tpu"):
         for item in on_devices:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU or TPU, this is {jax.default_backend()}"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """Without LLVM's expensive passes: these tests compile thousands of programs that run for milliseconds.
+
+    Studies and their harness, which run longer, and modules that say FULL_COMPILATION have the passes.
+    """
+    full = "experiments" in request.path.parts or getattr(request.module, "FULL_COMPILATION", False)
+    jax.config.update("jax_disable_most_optimizations", not full and jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

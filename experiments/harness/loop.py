@@ -83,12 +83,15 @@ def vectorize(train: Train | dict[str, Train], rows: dict[str, Any], seeds: Sequ
 
     Args:
       train: one for all rows, or one for each row by its name, as different networks need; they then stand beside one
-        another in the program and give the same metrics.
+        another in the program (rows with the same one in one `vmap`) and give the same metrics.
       rows: `{name: numbers}`, the numbers of `train.advance` as Python numbers.
       mesh: see `devices.runs_mesh`.
     """
     if isinstance(train, dict):
-        return beside([vectorize(train[row], {row: numbers}, seeds, mesh) for row, numbers in rows.items()])
+        alike: dict[Train, dict[str, Any]] = {}
+        for row, numbers in rows.items():
+            alike.setdefault(train[row], {})[row] = numbers
+        return beside([vectorize(one, its_rows, seeds, mesh) for one, its_rows in alike.items()])
     mesh, axis = devices.runs_mesh(mesh, len(rows), len(seeds))
     split = (PartitionSpec("runs"), PartitionSpec(None, "runs"))[axis]
     place = NamedSharding(mesh, split)
@@ -121,7 +124,7 @@ def vectorize(train: Train | dict[str, Train], rows: dict[str, Any], seeds: Sequ
 
 
 def beside(programs: Sequence[Program]) -> Program:
-    """Programs with a row each as one program: their states in a list, their metrics joined over rows."""
+    """Programs as one: their states in a list, their metrics joined over rows."""
 
     def join(metrics):
         names = [set(m) for m in metrics]
@@ -138,16 +141,16 @@ def beside(programs: Sequence[Program]) -> Program:
     def evaluate(states, numbers):
         return join([p.evaluate(s, n) for p, s, n in zip(programs, states, numbers, strict=True)])
 
-    rows = [row for p in programs for row in p.rows]
+    holder = {row: i for i, p in enumerate(programs) for row in p.rows}
     return Program(
-        tuple(rows),
+        tuple(holder),
         [p.state for p in programs],
         lambda: [p.init() for p in programs],
         advance,
         evaluate,
         [p.numbers for p in programs],
         programs[0].seeds,
-        lambda states, row: programs[rows.index(row)].first(states[rows.index(row)], row),
+        lambda states, row: programs[holder[row]].first(states[holder[row]], row),
     )
 
 

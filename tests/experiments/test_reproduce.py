@@ -9,7 +9,8 @@ from rollax.experiments.harness.study import study_names
 
 
 @pytest.mark.timeout(1200)  # compiles every study
-def test_a_smoke_run_of_every_study(tmp_path, capfd):
+def test_a_smoke_run_of_every_study(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each program runs for a moment: half the time
     argv = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "RESULTS.md")]
     reproduce.main(argv)
     text = (tmp_path / "RESULTS.md").read_text()

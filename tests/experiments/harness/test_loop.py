@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,6 +52,23 @@ def test_measures_of_results():
     both = merge(parts)
     assert list(both.train) == ["x", "y"]
     assert both.seconds == {"compile": 2.0}
+
+
+def test_rows_of_different_programs_stand_beside_one_another():
+    """Rows with the same functions share a `vmap`; every row is what it is alone."""
+    build = toy.build(toy.Config())
+    other = build.train._replace(evaluate=lambda state, numbers: {"reward": jnp.sum(state.place)})
+    trains = {"a": build.train, "b": other, "c": build.train}
+    numbers = {"a": build.rows["plain"], "b": build.rows["lazy"], "c": build.rows["lazy"]}
+    program = vectorize(trains, numbers, SEEDS, "data=1")
+    assert program.rows == ("a", "c", "b")
+    state, _ = jax.jit(program.advance)(program.init(), program.numbers)
+    told = jax.jit(program.evaluate)(state, program.numbers)["reward"]
+    for i, row in enumerate(program.rows):
+        alone = vectorize(trains[row], {row: numbers[row]}, SEEDS, "data=1")
+        end, _ = jax.jit(alone.advance)(alone.init(), alone.numbers)
+        np.testing.assert_allclose(told[i], alone.evaluate(end, alone.numbers)["reward"][0], rtol=1e-6)
+        np.testing.assert_allclose(program.first(state, row).place, alone.first(end, row).place, rtol=1e-6)
 
 
 def train(tmp_path, name, *, stop_at=None, program=None, **changes):
