@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SKILLS, STYLE, TOKENS, TOKEN_WIDTH = 6, 4, 8, 16
 TRAIN_FAMILIES, NEW_FAMILIES, CHECKPOINTS, POOL = 24, 8, 8, 1024
+ASKED = 128  # prompts of the pool that no training sees
 SIZES = (8, 16, 32, 64)  # of a context
 V0 = V0Config(TOKEN_WIDTH, num_queries=12, query_width=6, query_heads=3, bottleneck=32)
 
@@ -41,9 +42,12 @@ def skill_world(key: jax.Array) -> World:
     load_key, level_key, style_key, map_key, noise_key, start_key, growth_key = jax.random.split(key, 7)
     families = TRAIN_FAMILIES + NEW_FAMILIES
     load = jax.random.dirichlet(load_key, jnp.full(SKILLS, 0.5), (POOL,))
-    level = jax.random.uniform(level_key, (POOL, 1))
+    level = jax.random.uniform(level_key, (POOL, 1), minval=0.2, maxval=0.8)
     latent = jnp.concatenate([load, level, jax.random.normal(style_key, (POOL, STYLE))], axis=1)
-    seen = jnp.tanh(latent @ jax.random.normal(map_key, (SKILLS + 1 + STYLE, TOKENS * TOKEN_WIDTH)))
+    latent = (latent - latent.mean(axis=0)) / latent.std(axis=0)  # style is no louder than the rest
+    seen = jnp.tanh(
+        latent @ jax.random.normal(map_key, (latent.shape[1], TOKENS * TOKEN_WIDTH)) / latent.shape[1] ** 0.5
+    )
     seen = seen + 0.05 * jax.random.normal(noise_key, seen.shape)
     start = jax.random.uniform(start_key, (families, 1, SKILLS), maxval=0.6)
     growth = jax.random.dirichlet(growth_key, jnp.full(SKILLS, 0.5), (families,))[:, None]
@@ -105,7 +109,8 @@ def task_loss(
         jax.random.randint(k, (), 0, high)
         for k, high in zip(jax.random.split(policy_key), (families, world.rate.shape[1]), strict=True)
     )
-    picked = jax.random.choice(pick_key, world.tokens.shape[0], (config.contexts + config.queries,), replace=False)
+    seen = jnp.arange(ASKED, world.tokens.shape[0])
+    picked = jax.random.choice(pick_key, seen, (config.contexts + config.queries,), replace=False)
     rate = ten_draws(draw_key, world.rate[family, checkpoint, picked])
     tokens, known, asked = world.tokens[picked], rate[: config.contexts], rate[config.contexts :]
     logits = value_logits(params, tokens[: config.contexts], shown(known, n.soft_context), tokens[config.contexts :])
@@ -135,8 +140,8 @@ def on_new_policies(key: jax.Array, world: World, families: int, ask: Callable) 
 
     ask: `ask(context tokens, labels, mask, query tokens, family, checkpoint) -> logits`.
     """
-    queries = slice(0, 128)
-    pool = jnp.arange(128, world.tokens.shape[0])
+    queries = slice(0, ASKED)
+    pool = jnp.arange(ASKED, world.tokens.shape[0])
 
     def one(policy):
         family, checkpoint = families + policy // world.rate.shape[1], policy % world.rate.shape[1]
@@ -213,7 +218,7 @@ def rival_train(config: "Config", kind: str) -> Train:
         def update(state, _):
             key = jax.random.fold_in(state["key"], 2 + state["step"])
             keys = jax.random.split(key, 3)
-            picked = jax.random.randint(keys[0], (config.tasks * (config.contexts + config.queries),), 128, POOL)
+            picked = jax.random.randint(keys[0], (config.tasks * (config.contexts + config.queries),), ASKED, POOL)
             if stale:
                 rate = world.rate[TRAIN_FAMILIES:, 0][:, picked].T
             else:
