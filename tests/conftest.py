@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(items):
 def quick_compilation(request):
     """Without LLVM's expensive passes: these tests compile thousands of programs that run for milliseconds.
 
-    Studies and their harness, which run longer, and modules that say FULL_COMPILATION have the passes.
+    The harness and modules that say FULL_COMPILATION, whose programs run longer, have the passes.
     """
-    full = "experiments" in request.path.parts or getattr(request.module, "FULL_COMPILATION", False)
+    full = "harness" in request.path.parts or getattr(request.module, "FULL_COMPILATION", False)
     jax.config.update("jax_disable_most_optimizations", not full and jax.default_backend() == "cpu")
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -28,6 +28,8 @@ from rollax.experiments.benchmarks import (
 
 TINY_LLAMA = Path(__file__).parents[1] / "golden" / "hf_tiny" / "llama"
 
+FULL_COMPILATION = True  # what is compiled here runs for seconds
+
 
 def lone_rows(path):
     """Rows of a run without the peer: a rate of ours each, and no ratio."""

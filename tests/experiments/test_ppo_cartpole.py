@@ -7,6 +7,8 @@ import pytest
 from rollax.experiments import ppo_cartpole
 from rollax.experiments.harness import study
 
+FULL_COMPILATION = True  # what is compiled here runs for seconds
+
 
 def test_it_learns(tmp_path):
     argv = ["--runs", str(tmp_path), "--name", "run", "--seeds", "2", "--updates", "36", "--chunk", "12"]
