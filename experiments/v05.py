@@ -7,7 +7,7 @@ models on policies that it never saw; `policy`, a network that learns modular ar
 at equal steps and at equal rollouts.
 
     python experiments/v05.py                                  # all parts, all claims
-    python experiments/v05.py --part policy --arms grpo_4 grpo_16 osla_v0 --updates 300
+    python experiments/v05.py --part policy --arms grpo_4 grpo_16 "osla, v0" --updates 300
 
 Results come to runs/v05/NAME/: report.html, results.json, figures, metrics as JSON lines and Parquet.
 """

@@ -100,7 +100,7 @@ def test_golden_outputs(name, implementation):
 
 
 def test_correction_halves_the_golden_errors():
-    """Mean errors against dense attention as the card of the golden data reports them, to its three digits."""
+    """Mean errors against dense attention as their authors report them with the golden data, to its three digits."""
     published = {"v2a": (0.0138, 0.0060), "v2b": (0.0374, 0.0172), "v2c": (0.0409, 0.0246)}
     for name, expected in published.items():
         arrays, cfg, prefix = case_of(name)
