@@ -1,6 +1,6 @@
 """Models and how they act: language models, pretrained weights, generation, rollouts, value models."""
 
-from rollax.agents.critic import Critic, ValueBatch, critic, pretrain_critic, value_head_init, values_of
+from rollax.agents.critic import Critic, ValueBatch, critic, pretrain_critic, value_head_init, values_before, values_of
 from rollax.agents.generation import Generation, Sampling, generate
 from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary
 from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
@@ -16,6 +16,7 @@ from rollax.agents.rollout import (
     Sequential,
     Trajectory,
     demonstrate,
+    first_observations,
     language_policy,
     play,
     reactive,
@@ -76,6 +77,7 @@ __all__ = [
     "demonstrate",
     "empty_records",
     "encoder_states",
+    "first_observations",
     "generate",
     "in_context_logits",
     "language_policy",
@@ -108,5 +110,6 @@ __all__ = [
     "v0_optimiser",
     "v0_partition",
     "value_head_init",
+    "values_before",
     "values_of",
 ]

@@ -32,6 +32,20 @@ def values_of(head: dict, hidden: jax.Array, *, detach: bool = False) -> jax.Arr
     return hidden @ head["kernel"] + head["bias"]
 
 
+def values_before(values: jax.Array, positions: jax.Array) -> jax.Array:
+    """The values of `Critic.apply` of the state before each token, `[B, T]`; 0 before the first.
+
+    A token follows the last real one before it, from which padding may separate it.
+
+    Args:
+      values: `[B, T]`, entry t has seen tokens 0..t.
+      positions: int `[B, T]`, -1 on padding.
+    """
+    columns = jnp.where(positions >= 0, jnp.arange(positions.shape[1]), -1)
+    last = jnp.pad(jax.lax.cummax(columns, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return jnp.where(last >= 0, jnp.take_along_axis(values, jnp.maximum(last, 0), axis=1), 0.0)
+
+
 class Critic(NamedTuple):
     """A value function with a trunk of its own.
 

@@ -74,9 +74,21 @@ class Start(NamedTuple):
 
 def open_starts(key: jax.Array, env, policy: Policy, num_starts: int) -> Start:
     """Resets the environments and shows the policy their first observations."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_starts))
-    state, observation = jax.vmap(env.reset)(keys)
+    state, observation = reset_starts(key, env, num_starts)
     return Start(policy.begin(observation), state)
+
+
+def reset_starts(key: jax.Array, env, num_starts: int):
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_starts))
+    return jax.vmap(env.reset)(keys)
+
+
+def first_observations(key: jax.Array, env, num_prompts: int):
+    """`(state, observation)` that `rollout(key, ...)` and a `sequential_sampler` begin with, `[P, ...]`.
+
+    What a value model reads before anything is drawn.
+    """
+    return reset_starts(jax.random.split(key, 3)[0], env, num_prompts)
 
 
 def take_starts(start: Start, index: jax.Array) -> Start:

@@ -48,6 +48,7 @@ from rollax.experiments.harness.language_task import load_language_task
 from rollax.experiments.harness.loop import Results, Train, early, final, gap, late
 from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.study import Build, Study, main
+from rollax.experiments.harness.supervised import fit
 
 SMALL = ("tabular", "transformer")
 
@@ -361,7 +362,6 @@ def prepare(config: Config) -> tuple[Task, Policy]:
 
 def warm_start(key, *, model: LanguageModel, task: Task, config: Config):
     """Supervised steps (AdamW, 1e-3, batch 256), some on the answer to another prompt: the start that RL needs."""
-    optimizer = optax.adamw(1e-3)
 
     def teach(key, state):
         wrong_key, other_key, key = jax.random.split(key, 3)
@@ -369,18 +369,11 @@ def warm_start(key, *, model: LanguageModel, task: Task, config: Config):
         other, _ = task.env.reset(other_key)
         return task.show(key, jax.tree.map(lambda x, y: jnp.where(wrong, x, y), other, state))
 
-    def loss(params, shown):
+    def loss(params, key):
+        shown = demonstrate(key, task.env, teach, 256)
         return objectives.aggregate(-score(model, params, shown, task.env)[0], shown.mask, "token_mean")
 
-    def step(carry, index):
-        params, opt_state = carry
-        shown = demonstrate(jax.random.fold_in(key, index), task.env, teach, 256)
-        updates, opt_state = optimizer.update(jax.grad(loss)(params, shown), opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    params = model.init(key)
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(1, config.warm_start + 1))
-    return params
+    return fit(key, model.init(key), loss, steps=config.warm_start, optimizer=optax.adamw(1e-3))
 
 
 # --- Training -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from rollax import objectives
 from rollax.agents import LanguageModel, TransformerConfig, transformer
@@ -29,6 +30,7 @@ from rollax.experiments.harness.command_line import Options, one_line_errors, pa
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, Train
 from rollax.experiments.harness.study import Build, Study, main
+from rollax.experiments.harness.supervised import fit
 from rollax.experiments.sparse_rules import (
     NETWORK_RULES,
     PAPER_ALPHA,
@@ -51,7 +53,6 @@ from rollax.experiments.sparse_tasks import (
     VOCABULARY,
     attention_mass,
     check_bounds,
-    fit,
     planted_head,
     recall_sequence,
 )
@@ -303,7 +304,7 @@ def train_recall(key, config: Config):
     table = params["embed"]["embedding"]
     pairs = table[QUESTION:FILLER, None] + table[None, :VALUES]
     params |= {"embed": {"embedding": table.at[MEMORY:].set(pairs.reshape(-1, config.width))}}
-    return fit(key, params, loss, steps=config.steps, lr=config.lr)
+    return fit(key, params, loss, steps=config.steps, optimizer=optax.adam(config.lr))
 
 
 def measure_recall(key, params, numbers: Needle, config: Config) -> dict[str, jax.Array]:

@@ -33,8 +33,9 @@ from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, Train, final, late
 from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.study import Build, Study, main
+from rollax.experiments.harness.supervised import fit
 from rollax.experiments.sparse_rules import PAPER_ALPHA, at_share
-from rollax.experiments.sparse_tasks import check_bounds, fit
+from rollax.experiments.sparse_tasks import check_bounds
 from rollax.kernels.flash_prefill import FlashPrefillConfig, PackedPrefillConfig, flash_prefill, flash_prefill_packed
 
 PREFILLS = ("v1", "v2", "v2 corrected", "v2 causal")
@@ -173,7 +174,7 @@ def warm_start(key, *, model: LanguageModel, env: Environment, config: Config):
         log_prob, _ = token_log_probs(model, params, *fed, prompt.ids[:, 1:])
         return -objectives.masked_mean(log_prob, positions[:, 1:] >= 0)
 
-    return fit(key, model.init(key), loss, steps=config.steps, lr=config.teach_lr)
+    return fit(key, model.init(key), loss, steps=config.steps, optimizer=optax.adam(config.teach_lr))
 
 
 # --- The sampler ----------------------------------------------------------------------------------------------------

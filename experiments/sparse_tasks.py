@@ -1,15 +1,13 @@
-"""What the FlashPrefill studies ask of sparse attention, and the supervised steps that their networks begin with.
+"""What the FlashPrefill studies ask of sparse attention.
 
 Planted heads have a pattern that is known; sequences of associative recall have to be learnt. `flash_prefill.py` and
 `flash_prefill_rl.py` use them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 
 def check_bounds(config: Any, bounds: dict[str, tuple[float, float]]) -> None:
@@ -26,20 +24,6 @@ def check_bounds(config: Any, bounds: dict[str, tuple[float, float]]) -> None:
         for one in value if many else (value,):
             if not low <= one <= high:
                 raise ValueError(f"{name}: expected {said}, got {one:g}")
-
-
-def fit(key: jax.Array, params: Any, loss: Callable, *, steps: int, lr: float) -> Any:
-    """Parameters after `steps` steps of Adam on `loss(params, key)`, each with a key of its own."""
-    optimizer = optax.adam(lr)
-
-    def step(carry, index):
-        params, opt_state = carry
-        grads = jax.grad(loss)(params, jax.random.fold_in(key, index))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(1, steps + 1))
-    return params
 
 
 # --- Planted heads: the pattern is known ----------------------------------------------------------------------------

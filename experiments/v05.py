@@ -226,6 +226,10 @@ CLAIMS = [
     Claim("R7f", "The released trainer's hard targets give a worse prior",
           lambda r: final(r, "v0, hard targets", "prior's error") - final(r, "v0", "prior's error"),
           unit="reward", needs=("v0, hard targets", "v0")),
+    Claim("R7g", "As a prior V_0 is closer than the stale critic", gap("stale critic", "v0", final, "prior's error"),
+          unit="reward", needs=("stale critic", "v0")),
+    Claim("R7h", "... and than the difficulty model", gap("policy-blind", "v0", final, "prior's error"), unit="reward",
+          needs=("policy-blind", "v0")),
     Claim("R3a", "At 4 rollouts V_0.5 ends better than GRPO", gap("static_4, v0", "grpo_4", final), unit="reward",
           needs=("static_4, v0", "grpo_4")),
     Claim("R3b", "... and at equal steps than GRPO with 16", gap("static_4, v0", "grpo_16", final), unit="reward",
@@ -246,6 +250,28 @@ CLAIMS = [
           needs=("static_4, v0", "static_2, v0")),
     Claim("R4b", "1 rollout ends worse than 4", gap("static_4, v0", "static_1, v0", final), unit="reward",
           needs=("static_4, v0", "static_1, v0")),
+    *(
+        Claim(f"R8{letter}", f"OSLA ends no worse with {what} than with V_0", gap(row, "osla, v0", final), "above",
+              -0.01, "reward", needs=(row, "osla, v0"))
+        for letter, row, what in (
+            ("a", "osla, v0 stale", "a context that is never refreshed"),
+            ("b", "osla, v0 other world", "a V_0 of other policies"),
+            ("c", "osla, flipped", "a prior of the wrong sign"),
+        )
+    ),
+    Claim("R8d", "A prior of the wrong sign costs rollouts: OSLA draws more than with V_0",
+          lambda r: mean("rollouts")(r, "osla, flipped") - mean("rollouts")(r, "osla, v0"), unit="rollouts a prompt",
+          needs=("osla, flipped", "osla, v0")),
+    *(
+        Claim(f"R9{letter}", f"Under RL {what} is better than OSLA at equal rollouts",
+              gap_at_equal_rollouts(row, "osla, v0"), unit="reward", needs=(row, "osla, v0"))
+        for letter, row, what in (
+            ("a", "osla, of others, v0", "the weight of the other rollouts"),
+            ("b", "osla, confirmed, v0", "a prior confirmed twice"),
+            ("c", "osla, plug-in, v0", "the variance estimated"),
+            ("d", "beta, osla's draws, v0", "a Beta posterior"),
+        )
+    ),
     Claim("R5b", "Under RL too OSLA draws more where V_0 is wrong",
           lambda r: mean("rank correlation")(r, "osla, v0"), "above", 0.2, "rank correlation", needs=("osla, v0",)),
     Claim("R6a", "V_0.5's gradients are smaller than those of a mean of 4",

@@ -101,6 +101,14 @@ def baseline_of(rewards, mask, n: Numbers, prior, other=None):
     return jax.lax.switch(n.baseline, list(BASELINES.values()), rewards, mask, n, prior, other)
 
 
+def advantage_of(rewards, mask, n: Numbers, prior, other=None):
+    """Advantages of the rollouts that count, `[P, K]`; exact zeros where rounding alone is left."""
+    advantage = objectives.fused_advantage(rewards, mask, baseline_of(rewards, mask, n, prior, other))
+    spread = (mask * (rewards - mean_of(rewards, mask)[:, None]) ** 2).sum(1) / jnp.maximum(mask.sum(1) - 1, 1)
+    advantage = jnp.where(n.by_std, advantage / (jnp.sqrt(spread)[:, None] + 1e-6), advantage)
+    return jnp.where(jnp.abs(advantage) < 1e-5, 0.0, advantage)
+
+
 def rank_correlation(x: jax.Array, y: jax.Array) -> jax.Array:
     """Spearman's, with mean ranks for ties; 0 where one of them does not vary."""
     ranks = [((v[None] < v[:, None]).sum(1) + (v[None] <= v[:, None]).sum(1)) / 2.0 for v in (x, y)]

@@ -14,19 +14,16 @@ from rollax.agents.value_model import (
     empty_records,
     record,
     v0_from_features,
-    v0_init,
-    v0_optimiser,
 )
 from rollax.experiments.harness.loop import Train
-from rollax.experiments.v05_baselines import SLOTS, Numbers, baseline_of, count_of, index, mean_of, rank_correlation
+from rollax.experiments.v05_baselines import SLOTS, Numbers, advantage_of, count_of, index, mean_of, rank_correlation
 from rollax.experiments.v05_values import (
     TOKEN_WIDTH,
     V0,
-    ValueNumbers,
     World,
+    fit_v0,
     fitted_head,
     shown,
-    value_step,
 )
 
 if TYPE_CHECKING:
@@ -157,24 +154,14 @@ def policy_world(key: jax.Array, config: "Config", narrow: bool) -> World:
 @functools.cache
 def fitted_values(config: "Config", narrow: bool) -> Any:
     """V_0 for the policies of this study: trained on other, supervised ones, never on one that is under RL."""
-    optimiser, n = v0_optimiser(config.value_updates, lr=config.value_lr), ValueNumbers()
     head = fitted_head(config.head_updates, config.seed)
 
     @jax.jit
     def fit(key):
         world = policy_world(jax.random.fold_in(key, 0), config, narrow)
-        params = v0_init(jax.random.fold_in(key, 1), V0) | {"head": head}
+        return fit_v0(key, world, POLICY_FAMILIES, V0, head, config)
 
-        def step(carry, i):
-            params, opt, loss = value_step(
-                *carry, jax.random.fold_in(key, 2 + i), world, POLICY_FAMILIES, config, optimiser, n
-            )
-            return (params, opt), loss
-
-        return jax.lax.scan(step, (params, optimiser.init(params)), jnp.arange(config.value_updates))
-
-    (params, _), _ = fit(jax.random.key(2**16 + config.seed))
-    return jax.device_get(params)
+    return jax.device_get(fit(jax.random.key(2**16 + config.seed)))
 
 
 ARMS = {
@@ -193,6 +180,10 @@ ARMS = {
     "static_8, v0": Numbers(index("fused"), 8, 8, source=SOURCES.index("v0")),
     "beta_4, v0": Numbers(index("beta_posterior"), source=SOURCES.index("v0")),
     "osla, v0": Numbers(index("fused"), 4, SLOTS, source=SOURCES.index("v0")),
+    "osla, of others, v0": Numbers(index("fused_of_others"), 4, SLOTS, source=SOURCES.index("v0")),
+    "osla, confirmed, v0": Numbers(index("fused"), 4, SLOTS, confirm=1, source=SOURCES.index("v0")),
+    "osla, plug-in, v0": Numbers(index("fused"), 4, SLOTS, plug_in=1, source=SOURCES.index("v0")),
+    "beta, osla's draws, v0": Numbers(index("beta_posterior"), 4, SLOTS, source=SOURCES.index("v0")),
     "osla, v0 stale": Numbers(index("fused"), 4, SLOTS, source=SOURCES.index("v0"), refresh=10**6),
     "osla, v0 other world": Numbers(index("fused"), 4, SLOTS, source=SOURCES.index("v0, other world")),
     "osla, truth": Numbers(index("fused"), 4, SLOTS),
@@ -300,10 +291,7 @@ def policy_train(config: "Config", values: tuple[Any, Any]) -> Train:
         value = jnp.tanh(network(state.critic, prompts.ids)[:, 0])
         average = objectives.moving_average_baseline(state.average, which, fallback=mean)
         other = jnp.where(n.critic, value, average)
-        advantage = objectives.fused_advantage(rewards, mask, baseline_of(rewards, drawn, n, prior, other))
-        deviation = jnp.sqrt((mask * (rewards - mean[:, None]) ** 2).sum(1) / jnp.maximum(mask.sum(1) - 1, 1))
-        advantage = jnp.where(n.by_std, advantage / (deviation[:, None] + 1e-6), advantage)
-        advantage = jnp.where(jnp.abs(advantage) < 1e-5, 0.0, advantage)
+        advantage = advantage_of(rewards, mask, n, prior, other)
         weight = mask / jnp.maximum(mask.sum(1, keepdims=True), 1) / jnp.maximum(used.sum(), 1)
 
         def log_probs(params):

@@ -128,6 +128,20 @@ def value_step(params, opt_state, key, world: World, families: int, config: "Con
     return optax.apply_updates(params, steps), opt_state, value
 
 
+def fit_v0(key: jax.Array, world: World, families: int, shape: V0Config, head: Any, config: "Config") -> dict:
+    """V_0 for the policies of `world`, after `config.value_updates` steps on its adapter; `head` of `fitted_head`."""
+    optimiser = v0_optimiser(config.value_updates, lr=config.value_lr)
+    params = v0_init(jax.random.fold_in(key, 1), shape) | {"head": head}
+
+    def step(carry, i):
+        key_i = jax.random.fold_in(key, 2 + i)
+        params, opt, loss = value_step(*carry, key_i, world, families, config, optimiser, ValueNumbers())
+        return (params, opt), loss
+
+    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), jnp.arange(config.value_updates))
+    return params
+
+
 def pair_auc(score: jax.Array, rate: jax.Array) -> jax.Array:
     """Probability that a success scores above a failure, over all pairs of prompts, exactly; ties count half."""
     weight = rate[:, None] * (1 - rate[None])

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from rollax import envs
 from rollax.agents import LanguageModel, load_pretrained, restrict_vocabulary
-from rollax.envs import Environment
+from rollax.envs import Environment, QuestionSplit
 from rollax.experiments.harness.devices import parse_mesh
 
 # Questions to train on and to hold out. Calculations with one digit are few.
@@ -23,6 +23,7 @@ class LanguageTask(NamedTuple):
       take: `take() -> params`, handed over to be changed: nothing keeps a second copy. Later calls load them again.
       shapes: of the parameters.
       prefix: what all prompts begin with, ids `[F]`: a policy computes it once per batch, not once per row.
+      questions: as text; a state's `row` counts in `questions.train` and `questions.held_out`.
     """
 
     env: Environment
@@ -32,6 +33,7 @@ class LanguageTask(NamedTuple):
     shapes: Any
     prefix: jax.Array | None
     mesh: Mesh
+    questions: QuestionSplit
 
 
 def load_language_task(
@@ -102,7 +104,7 @@ def load_language_task(
     def take():
         return ready.pop() if ready else load_pretrained(path, mesh=devices, **load).params
 
-    return LanguageTask(train, held_out, model, take, shapes, prefix, devices)
+    return LanguageTask(train, held_out, model, take, shapes, prefix, devices, questions)
 
 
 def shared_length(rows) -> int:

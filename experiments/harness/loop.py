@@ -38,11 +38,14 @@ class Train(NamedTuple):
       init: `init(key) -> state`.
       advance: `advance(state, numbers) -> (state, metrics [updates of a chunk, ...])`.
       evaluate: `evaluate(state, numbers) -> metrics`.
+      staged: `advance` and `evaluate` of a model that fills the devices compile their own parts, with decisions of the
+        host between them, and are called as they are.
     """
 
     init: Callable[[jax.Array], Any]
     advance: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any], dict[str, jax.Array]]
+    staged: bool = False
 
 
 class Program(NamedTuple):
@@ -57,6 +60,7 @@ class Program(NamedTuple):
       numbers: what differs between rows, leaves `[rows]`.
       seeds: how many.
       first: `first(state, row)`, the state of the row's first seed.
+      staged: as in `Train`.
     """
 
     rows: tuple[str, ...]
@@ -67,6 +71,7 @@ class Program(NamedTuple):
     numbers: Any
     seeds: int
     first: Callable[[Any, str], Any]
+    staged: bool = False
 
 
 def stack(rows: dict[str, Any]) -> Any:
@@ -173,7 +178,9 @@ def single(train: Train, row: str, numbers: Any, seed: int, state: Any) -> Progr
         return lift(train.evaluate(state, numbers))
 
     first = lambda state, row: state  # noqa: E731
-    return Program((row,), state, lambda: train.init(jax.random.key(seed)), advance, evaluate, numbers, 1, first)
+    return Program(
+        (row,), state, lambda: train.init(jax.random.key(seed)), advance, evaluate, numbers, 1, first, train.staged
+    )
 
 
 class Results(NamedTuple):
@@ -272,7 +279,11 @@ def run(
 
 def compiled(program: Program, options: Options) -> tuple[Callable, Callable]:
     """`advance` and `evaluate`, compiled ahead; with `debug_nans` as functions that raise FloatingPointError from the
-    line of the study that gave the first NaN."""
+    line of the study that gave the first NaN. What a staged study compiles itself stays as it is."""
+    if program.staged:
+        if options.debug_nans:
+            raise UserError("debug_nans: expected a study that is one program, this one has several")
+        return program.advance, program.evaluate
     if options.debug_nans:
         return stopping_at_nans(program.advance, program), stopping_at_nans(program.evaluate, program)
     advance = jax.jit(program.advance, donate_argnums=0).lower(program.state, program.numbers).compile()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rollax.agents.critic import ValueBatch, critic, pretrain_critic, value_head_init, values_of
+from rollax.agents.critic import ValueBatch, critic, pretrain_critic, value_head_init, values_before, values_of
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
 from rollax.objectives import discounted_returns
@@ -97,3 +97,9 @@ def test_pretraining_finds_the_policys_value(model):
 def test_a_table_has_no_trunk():
     with pytest.raises(ValueError, match="model: expected one with hidden states, got a table"):
         critic(tabular(jnp.zeros((2, 3, 4))))
+
+
+def test_values_before_a_token_skip_padding():
+    values = jnp.array([[1.0, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(values_before(values, jnp.array([[0, 1, -1, 2, 3]])), [[0, 1, 2, 2, 4]])
+    np.testing.assert_array_equal(values_before(values, jnp.array([[-1, -1, 0, 1, 2]])), [[0, 0, 0, 3, 4]])

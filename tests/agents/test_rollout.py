@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rollax import objectives
+from rollax import envs, objectives
 from rollax.agents.generation import Sampling
-from rollax.agents.rollout import play, reactive, rollout, score, sequential_sampler
+from rollax.agents.rollout import first_observations, play, reactive, rollout, score, sequential_sampler
 from rollax.agents.tabular import tabular
 from rollax.agents.transformer import TransformerConfig, transformer
 from rollax.envs.cartpole import cartpole
@@ -327,3 +327,14 @@ def test_bad_budgets():
         sequential_sampler(lm()[0], echo(1), while_long, num_prompts=6, k_init=6, k_max=5)
     with pytest.raises(ValueError, match=r"buckets: expected sizes from 1 to num_prompts=6 and that one, got \(2, 4\)"):
         sampler(buckets=(4, 2))
+
+
+def test_first_observations_are_those_of_the_rollout():
+    env = envs.arithmetic("+", 1)
+    model = transformer(TransformerConfig(len(env.spec.vocab), 16, 1, 2))
+    key = jax.random.key(5)
+    played = jax.jit(lambda params: rollout(key, model, params, env, num_prompts=3, group_size=2))(
+        model.init(jax.random.key(0))
+    )
+    _, observation = first_observations(key, env, 3)
+    np.testing.assert_array_equal(played.tokens[::2, : env.spec.max_observation], observation.ids)

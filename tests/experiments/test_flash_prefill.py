@@ -44,7 +44,6 @@ from rollax.experiments.sparse_tasks import (
     QUESTION,
     VALUES,
     attention_mass,
-    fit,
     planted_head,
     planted_targets,
     recall_sequence,
@@ -232,15 +231,6 @@ def test_a_network_that_reads_all_blocks_answers_as_a_dense_one(monkeypatch):
     for name in rules:
         np.testing.assert_allclose(found[f"accuracy/{name}"][0], found["accuracy/dense"][0], atol=1e-6)
         np.testing.assert_allclose(found[f"density/{name}"], 1, rtol=1e-6)
-
-
-def test_fit_finds_a_minimum_and_gives_every_step_a_key():
-    loss = lambda x, key: (x - 2) ** 2 + 0 * jax.random.normal(key)  # noqa: E731
-    np.testing.assert_allclose(fit(jax.random.key(0), jnp.float32(0), loss, steps=200, lr=0.1), 2, atol=1e-2)
-    noisy = lambda x, key: x * jnp.sign(jax.random.normal(key))  # noqa: E731
-    walked = [float(fit(jax.random.key(i), jnp.float32(0), noisy, steps=50, lr=0.1)) for i in (0, 1)]
-    assert walked[0] != walked[1]
-    assert max(map(abs, walked)) < 4.9  # 5 if all keys were the same
 
 
 # --- Claims ---------------------------------------------------------------------------------------------------------
