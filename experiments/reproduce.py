@@ -5,7 +5,8 @@
     python -m rollax.experiments.reproduce --smoke              # seconds a study: does everything run?
     python -m rollax.experiments.reproduce --table              # runs nothing, writes the table of what has run
 
-A run is named after the commit, so it is resumed or read if it exists, and runs anew when the code has changed.
+A run is named after the commit, so it is resumed or read if it exists, and runs anew when the code has changed. Studies
+that have no run here keep the lines that they have.
 """
 
 import dataclasses
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if not lines:
             raise ValueError(f"runs: expected a finished run with claims in {asked_for.runs}, found none")
+        if not asked_for.smoke:
+            lines = with_kept(lines, Path(asked_for.out))
         Path(asked_for.out).write_text(page(lines, asked_for.smoke))
     print(f"{len(lines)} verdicts: {asked_for.out}")
     if failed:
@@ -88,6 +91,19 @@ def lines_of(name: str, asked_for: Reproduce) -> list[list[str]]:
             paper = f"{load_study(name).title}, {label}"
             lines.append([paper, verdict.name, verdict.statement, verdict.verdict, *numbers, *where])
     return lines
+
+
+def with_kept(lines: list[list[str]], table: Path) -> list[list[str]]:
+    """The lines of an older table whose study has none among `lines`, and these, in the order of the studies."""
+    written = table.read_text().splitlines() if table.is_file() else []
+    plain = lambda cell: cell.replace(r"\|", "|").replace(r"\<", "<")  # noqa: E731
+    rows = [[plain(c) for c in line.removeprefix("| ").removesuffix(" |").split(" | ")] for line in written]
+    kept = [row for row in rows if len(row) == len(HEAD) and row[0] not in (HEAD[0], "---")]
+    order = [load_study(name).title for name in study_names()]
+    title = lambda line: line[0].rsplit(", ", 1)[0]  # noqa: E731
+    ran = {title(line) for line in lines}
+    lines = [line for line in kept if title(line) not in ran and title(line) in order] + lines
+    return sorted(lines, key=lambda line: order.index(title(line)))
 
 
 def page(lines: Sequence[Sequence[str]], smoke: bool) -> str:

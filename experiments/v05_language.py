@@ -743,7 +743,7 @@ STUDY = Study(
     order=FIGURE,
     smoke=("--seeds", "2", "--updates", "2", "--chunk", "1", "--prompts", "4", "--width", "16", "--layers", "1",
            "--warm-start", "6", "--head-updates", "2", "--value-updates", "2", "--eval-prompts", "4",
-           "--critic-start", "2"),
+           "--arms", "grpo_16", "osla, v0"),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -42,3 +42,19 @@ def test_what_is_wrong_gets_one_line(tmp_path, capsys):
             reproduce.main(argv)
         assert stop.value.code == 2
         assert words in capsys.readouterr().err
+
+
+def test_lines_of_studies_without_a_run_stay(tmp_path):
+    """A line is replaced by its study's new ones, whatever its cells hold; studies that are gone leave the table."""
+    line = lambda study, claim, says: [f"{study} (arXiv 1), x", claim, says, *"1234567"]  # noqa: E731
+    bandpo, ppo = (reproduce.load_study(name).title for name in ("bandpo", "ppo_cartpole"))
+    kept = [f"{bandpo}, tabular", "R1", "a | b <i>, a < b", *"1234567"]
+    old = [f"{ppo}, ppo", "P1", "old", *"1234567"]
+    table = tmp_path / "RESULTS.md"
+    table.write_text(reproduce.page([kept, old, line("Gone", "G1", "gone")], False))
+    new = [f"{ppo}, ppo", "P2", "new", *"1234567"]
+    lines = reproduce.with_kept([new], table)
+    assert lines == [kept, new]
+    table.write_text(reproduce.page(lines, False))
+    assert reproduce.with_kept([new], table) == [kept, new]
+    assert reproduce.with_kept([new], tmp_path / "none.md") == [new]

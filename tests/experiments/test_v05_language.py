@@ -1,7 +1,6 @@
 """V_0.5 with language models: its budgets, its two ways to run them, what it reads of prompts, and its measures."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import pytest
 from rollax import envs, objectives
 from rollax.agents import TransformerConfig, transformer
 from rollax.experiments import v05_language as language
-from rollax.experiments.harness import study
 from rollax.experiments.harness.loop import Results
 from rollax.experiments.v05_baselines import SLOTS, Numbers, index
 
@@ -127,14 +125,6 @@ def test_measures_of_rollouts():
     assert np.isnan(language.rollouts_to(results, "a", np.array([0.6])))
     np.testing.assert_allclose(language.saved("a", "b")(results), 0.75)
     np.testing.assert_allclose(language.gap_at_equal_rollouts("a", "b")(results), 0.5 - 0.25)
-
-
-def test_the_study_runs(tmp_path):
-    argv = [*language.STUDY.smoke, "--arms", "osla, v0", "--runs", str(tmp_path), "--name", "smoke"]
-    study.main(language.STUDY, argv)
-    saved = json.loads((tmp_path / "v05_language" / "smoke" / "results.json").read_text())
-    assert set(saved["transformer"]["rows"]) == {"osla, v0"}
-    assert (tmp_path / "v05_language" / "smoke" / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
