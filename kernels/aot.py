@@ -35,7 +35,7 @@ RESULTS = ROOT / "runs" / "aot"
 README = ROOT / "kernels" / "README.md"
 MARKERS = ("<!-- made by `sh .ci/aot`, do not edit: begin -->", "<!-- end -->")
 NO_TARGET = "no target: "  # how a child says that it could not begin
-CASE_SECONDS = 120  # a child has so many for each of its cases; the slowest takes a third of that on a free core
+CASE_SECONDS = 600  # a child has so many for each of its cases; the slowest takes a third of that on a free core
 
 # An H100 SXM in the text form of XLA's GpuTargetConfig (public figures of the product).
 H100 = """
@@ -421,6 +421,7 @@ def cases() -> dict[str, Case]:
     query, lengths = (32, Q, WIDTH), ((32,), "int32")
     cache = (32, KV, 32768, WIDTH)
     matrices = ("ttt", "newton-schulz, 12 of 512 x 512", newton_schulz_of, ((12, 512, 512),), (0,))
+    small = ("ttt", "newton-schulz, 1536 of 128 x 128", newton_schulz_of, ((1536, 128, 128),), (0,))
     decode = ("decode_attention", "batch 32, 32K", decode_attention_of, (query, cache, cache, lengths), (0, 1, 2))
     head = ((4096, 2048), (2048, 151936), ((4096,), "int32"))
     rows += [
@@ -434,6 +435,7 @@ def cases() -> dict[str, Case]:
             ("ttt", f"lact grads, 4 heads, {label}", lact_grads_of, (*fast, chunk, chunk, lr), tuple(range(6)), None),
         ]
     rows += [
+        (*small, None),
         (*matrices, None),
         (*matrices, "xla"),
         (*decode, None),

@@ -25,7 +25,8 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     Args:
       g: `[..., m, n]`, any leading axes.
       coeffs: triples, static: `MUON5`, `FIXED5`, or others.
-      dtype: of the iteration, such as "bfloat16" (what the authors run); None for that of g.
+      dtype: of the iteration, such as "bfloat16" (what the authors run, and what Hopper's kernel takes); None for that
+        of g.
       implementation: see `rollax.kernels.backends`, "reference" is "xla"; `impl` is the same.
       explain: print which and why.
     Returns:
@@ -39,41 +40,63 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
         raise ValueError(f"g must be [..., m, n], got {g.shape}")
     if not coeffs or any(len(triple) != 3 for triple in coeffs):
         raise ValueError(f"coeffs must be triples (a, b, c), got {coeffs}")
-    ask = lambda kernels: refusal(kernels, g, coeffs)  # noqa: E731
-    chosen = choose("newton_schulz", __package__, named(implementation, impl), ask, explain=explain)
     dtype = None if dtype is None else jnp.dtype(dtype).name
+    ask = lambda kernels: kernels.newton_schulz_refusal(g, coeffs, dtype)  # noqa: E731
+    chosen = choose("newton_schulz", __package__, named(implementation, impl), ask, explain=explain)
     return iterate(g.reshape(-1, *g.shape[-2:]), chosen, coeffs, eps, dtype).reshape(g.shape)
-
-
-def refusal(kernels, g, coeffs):
-    """Why a module of kernels cannot orthogonalise g, None if it can."""
-    if not hasattr(kernels, "newton_schulz"):
-        return "it has no newton_schulz"
-    return kernels.newton_schulz_refusal(g, coeffs)
 
 
 def newton_schulz_of(chosen):
     """`newton_schulz` beside other operators of an implementation: in "xla" where its kernels refuse."""
 
     def run(g, *, coeffs, dtype):
-        fits = chosen in ("reference", "xla") or refusal(backend(__package__, chosen)[0], g, coeffs) is None
+        if chosen in ("reference", "xla"):
+            return newton_schulz(g, coeffs=coeffs, dtype=dtype, implementation=chosen)
+        kernels, _ = backend(__package__, chosen)
+        fits = kernels.newton_schulz_refusal(g, coeffs, dtype) is None
         return newton_schulz(g, coeffs=coeffs, dtype=dtype, implementation=chosen if fits else "xla")
 
     return run
 
 
-def iterates(g, coeffs, eps, dtype):
-    """(X_n, X_0 ... X_(n-1) in `dtype`, the norm `[..., 1, 1]` in g's). A loop, because unrolled it compiles longer."""
+def polynomial(x, b, c):
+    """A = x x^T and b A + c A A."""
+    A = x @ x.mT
+    return A, (b * A + c * (A @ A)).astype(x.dtype)
 
-    def body(x, triple):
-        a, b, c = triple
-        A = x @ x.mT
-        B = (b * A + c * (A @ A)).astype(x.dtype)
-        return (a * x + B @ x).astype(x.dtype), x
 
+def step(x, triple):
+    """a x + (b A + c A A) x."""
+    a, b, c = triple
+    _, B = polynomial(x, b, c)
+    return (a * x + B @ x).astype(x.dtype)
+
+
+def step_back(d, x, triple):
+    """Cotangent of x from d, that of the step's result."""
+    a, b, c = triple
+    A, B = polynomial(x, b, c)
+    dB = d @ x.mT
+    dA = b * dB + c * (dB @ A + A @ dB)
+    return (a * d + B @ d + (dA + dA.mT).astype(x.dtype) @ x).astype(x.dtype)
+
+
+def normalise(g, eps, dtype):
+    """(g / (|g|_F + eps) in `dtype` (None: g's), the norm `[..., 1, 1]` in g's)."""
     norm = jnp.sqrt(jnp.sum(g * g, (-2, -1), keepdims=True))
-    start = (g / (norm + eps)).astype(dtype or g.dtype)
-    return *jax.lax.scan(body, start, wide_coefficients(coeffs, start.dtype)), norm
+    return (g / (norm + eps)).astype(dtype or g.dtype), norm
+
+
+def through_norm(g, d, norm, eps):
+    """Cotangent of g from that of g / (norm + eps)."""
+    d = d.astype(g.dtype)
+    along = jnp.sum(g * d, (-2, -1), keepdims=True)
+    return d / (norm + eps) - g * along / (jnp.where(norm > 0, norm, 1) * (norm + eps) ** 2)
+
+
+def iterates(x, coeffs, step=step):
+    """(X_n, X_0 ... X_(n-1)) from X_0. A loop, because unrolled it compiles longer."""
+    return jax.lax.scan(lambda x, triple: (step(x, triple), x), x, wide_coefficients(coeffs, x.dtype))
 
 
 def wide_coefficients(coeffs, dtype):
@@ -86,7 +109,8 @@ def iterate(g, chosen, coeffs, eps, dtype):
     """`newton_schulz` of checked g `[M, m, n]`."""
     if chosen in ("reference", "xla"):
         transpose = g.shape[-2] > g.shape[-1]  # A is the smaller of the two Gram matrices
-        out = iterates(g.mT if transpose else g, coeffs, eps, dtype)[0].astype(g.dtype)
+        x, _ = normalise(g.mT if transpose else g, eps, dtype)
+        out = iterates(x, coeffs)[0].astype(g.dtype)
         return out.mT if transpose else out
     module, more = backend(__package__, chosen)
     return module.newton_schulz(g, coeffs=coeffs, eps=eps, dtype=dtype, **more)
@@ -99,7 +123,9 @@ def forward(g, *how):
 def backward(chosen, coeffs, eps, dtype, g, d):
     if chosen in ("reference", "xla"):
         transpose = g.shape[-2] > g.shape[-1]
-        d_g = pull_back(g.mT if transpose else g, d.mT if transpose else d, coeffs, eps, dtype)
+        g, d = (g.mT, d.mT) if transpose else (g, d)
+        x, norm = normalise(g, eps, dtype)
+        d_g = through_norm(g, pull_back(x, d, coeffs), norm, eps)
         return (d_g.mT if transpose else d_g,)
     module, more = backend(__package__, chosen)
     return (module.newton_schulz_backward(g, d, coeffs=coeffs, eps=eps, dtype=dtype, **more),)
@@ -108,19 +134,8 @@ def backward(chosen, coeffs, eps, dtype, g, d):
 iterate.defvjp(forward, backward)
 
 
-def pull_back(g, d, coeffs, eps, dtype):
-    """Cotangent of g from that of its last iterate; all iterates are computed again."""
-    last, xs, norm = iterates(g, coeffs, eps, dtype)
-
-    def body(d, step):
-        (a, b, c), x = step
-        A = x @ x.mT
-        B = (b * A + c * (A @ A)).astype(x.dtype)
-        dB = d @ x.mT
-        dA = b * dB + c * (dB @ A + A @ dB)
-        return (a * d + B @ d + (dA + dA.mT).astype(x.dtype) @ x).astype(x.dtype), None
-
-    d, _ = jax.lax.scan(body, d.astype(last.dtype), (wide_coefficients(coeffs, last.dtype), xs), reverse=True)
-    d = d.astype(g.dtype)
-    along = jnp.sum(g * d, (-2, -1), keepdims=True)
-    return d / (norm + eps) - g * along / (jnp.where(norm > 0, norm, 1) * (norm + eps) ** 2)
+def pull_back(x, d, coeffs, step=step, step_back=step_back):
+    """Cotangent of X_0 from that of X_n; all iterates are computed again."""
+    _, xs = iterates(x, coeffs, step)
+    steps = wide_coefficients(coeffs, x.dtype), xs
+    return jax.lax.scan(lambda d, at: (step_back(d, at[1], at[0]), None), d.astype(x.dtype), steps, reverse=True)[0]

@@ -1,6 +1,6 @@
 """The Hopper kernels of test-time training (Mosaic GPU), and which calls they take.
 
-TTT-Linear: `pallas_mgpu_linear`. TTT-MLP: `pallas_mgpu_mlp`, its backward pass by `xla`. LaCT: `pallas_mgpu_lact`.
+TTT-Linear: `pallas_mgpu_linear`. TTT-MLP: `pallas_mgpu_mlp`. LaCT: `pallas_mgpu_lact`, `pallas_mgpu_newton_schulz`.
 """
 
 import jax.numpy as jnp
@@ -15,12 +15,20 @@ from rollax.kernels.ttt.pallas_mgpu_lact import (
 )
 from rollax.kernels.ttt.pallas_mgpu_linear import WIDTH, linear_backward, linear_forward
 from rollax.kernels.ttt.pallas_mgpu_mlp import mlp_backward, mlp_forward
+from rollax.kernels.ttt.pallas_mgpu_newton_schulz import (
+    newton_schulz,
+    newton_schulz_backward,
+    newton_schulz_refusal,
+)
 
 __all__ = [
     "lact_apply",
     "lact_apply_backward",
     "lact_grads",
     "lact_grads_backward",
+    "newton_schulz",
+    "newton_schulz_backward",
+    "newton_schulz_refusal",
     "refusal",
     "ttt_backward",
     "ttt_forward",
@@ -37,7 +45,7 @@ def refusal(operator, tokens, params, mini_batch=None, group=None) -> str | None
       tokens: q (or k), array or shape, `[..., L, width]`.
       params: fast weights.
       mini_batch: of the TTT operators.
-      group: any; states are saved every 4 mini-batches at the latest.
+      group: any; TTT-Linear saves its state every 4 mini-batches at the latest.
     """
     if reason := hopper_refusal():
         return reason

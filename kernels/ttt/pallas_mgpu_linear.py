@@ -64,8 +64,8 @@ def standardise(z):
     return centred * scale, scale
 
 
-def tile_product(*pairs):
-    """Sum of a b over pairs of 16-bit tiles in shared memory, float32."""
+def tile_product(*pairs, columns=WIDTH):
+    """Sum of a b over pairs of 16-bit tiles in shared memory, float32 `[64, columns]`."""
 
     def body(accumulator):
         for a, b in pairs:
@@ -73,7 +73,7 @@ def tile_product(*pairs):
         return accumulator[...]
 
     # The barrier keeps the compiler from moving a use of the sum in between the products, which would serialise them.
-    return lax.optimization_barrier(pl.run_scoped(body, plgpu.ACC(TILE, jnp.float32)))
+    return lax.optimization_barrier(pl.run_scoped(body, plgpu.ACC((WIDTH, columns), jnp.float32)))
 
 
 def tiles(dtype, *shape):
@@ -118,11 +118,24 @@ def causal(x):
     return jnp.where(row >= column, x, 0.0)
 
 
-def gradient(k, v, w, b, weight, bias):
-    """Inner gradient of 0.5 |LN(z) - (v - k)|^2 in z = k w + b, standardise(z), and the residual LN(z) - (v - k)."""
-    x, scale = standardise(tile_product((k, w)) + down(b))
+def gradient(z, k, v, weight, bias):
+    """Inner gradient of 0.5 |LN(z) - (v - k)|^2 in z, standardise(z), and the residual LN(z) - (v - k)."""
+    x, scale = standardise(z)
     residual = weight * x + bias - (read(v) - read(k))
     return centre(residual * weight, x) * scale, x, scale, residual
+
+
+def through_gradient(r, along_x, x, s, residual, weight):
+    """Cotangents of z, of the target v - k and of the norm's weight from that of G, U: r = U s, along_x = mean(U G).
+
+    G = s centre(e, x), e = residual weight, residual = weight x + bias - (v - k), and (x, s) = standardise(z); that of
+    the norm's bias is that of the target, negated. `weight()` reads the weight.
+    """
+    e, d_e = residual * weight(), centre(r, x)
+    d_target = -d_e * weight()
+    d_weight = column_sum(d_e * (residual + x * weight()))
+    d_x = -d_target * weight() - r * mean(e * x) - e * mean(r * x)
+    return s * (centre(d_x, x) - x * along_x), d_target, d_weight
 
 
 def advance(k, v, W, b, w, g, last, gate, weight, bias):
@@ -131,7 +144,7 @@ def advance(k, v, W, b, w, g, last, gate, weight, bias):
     Returns (W `[f, f]`, b `[f]` by column, gradient without rate).
     """
     write((w, W))
-    G = gradient(k, v, w, b, weight, bias)[0]
+    G = gradient(tile_product((k, w)) + down(b), k, v, weight, bias)[0]
     rated = across(last * by_row(gate)) * G
     write((g, rated))
     return W - tile_product((transposed(k), g)), b - column_sum(rated), G
@@ -312,7 +325,7 @@ def backward_kernel(n, K, group, *refs):
         # Forward again: P and G, z_q.
         scores = tile_product((q, transposed(k))) + 1
         write((p, causal(-scales() * gates_down() * scores)), (d_state, read(D)))
-        write((g, gradient(k, v, w, b, weight(), bias())[0]))
+        write((g, gradient(tile_product((k, w)) + down(b), k, v, weight(), bias())[0]))
         x_q, s_q = standardise(tile_product((q, w), (p, g)) + down(b))
         # The output q + LN(z_q).
         d_y = read(d_out)
@@ -329,7 +342,7 @@ def backward_kernel(n, K, group, *refs):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums[0] = column_sum(d_eta * scales())
         # Update: W - k^T (c G) and b - sum c G. U: cotangent of G. (G again: registers are short.)
-        G, x, s, residual = gradient(k, v, w, b, weight(), bias())
+        G, x, s, residual = gradient(tile_product((k, w)) + down(b), k, v, weight(), bias())
         R = tile_product((k, d_state)) + down(by_column(d))
         sums[1] = -row_sum(R * G)
         c = across(by_row(constants.at[1]) * by_row(gates))
@@ -340,13 +353,10 @@ def backward_kernel(n, K, group, *refs):
         d[...] = by_column(d) + column_sum(d_zq)
         write((out_smem.at[0], read(d_out) + tile_product((dz, transposed(w)), (ds, k))))
 
-        # Through G = s centre(e, x), e = residual weight, residual = weight x + bias - (v - k), and x, s of z.
-        e, d_e = residual * weight(), centre(r, x)
-        d_target = -d_e * weight()
-        d_weight[...] = by_column(d_weight) + column_sum(d_e * (residual + x * weight()))
+        # Through G.
+        d_z, d_target, d_scaled = through_gradient(r, along_x, x, s, residual, weight)
+        d_weight[...] = by_column(d_weight) + d_scaled
         d_bias[...] = by_column(d_bias) - column_sum(d_target)
-        d_x = -d_target * weight() - r * mean(e * x) - e * mean(r * x)
-        d_z = s * (centre(d_x, x) - x * along_x)
         write((dz, d_z), (out_smem.at[2], d_target))
         D[...] = read(D) + tile_product((transposed(k), dz))
         d[...] = by_column(d) + column_sum(d_z)
@@ -389,6 +399,23 @@ def backward_kernel(n, K, group, *refs):
     plgpu.wait_smem_to_gmem(0)
 
 
+def cotangents(q, k, v, eta_pos, gate, params, ln_weight, ln_bias, gates, out):
+    """Those of the first eight arguments, in their dtypes, from padded gates and the outputs of a backward kernel."""
+    K = eta_pos.shape[0]
+    dq, dk, dv, d_gate, d_rate, d_scales, d_norm, *d_params = out
+    # eta of a mini-batch's last row is also the rate of the update: d_rate is its cotangent.
+    d_gate = (d_gate + eta_pos[-1] * d_rate)[..., :K].reshape(gate.shape)
+    d_eta_pos = d_scales.sum(0)[:K].at[-1].add(jnp.sum(d_rate * gates))
+    return (
+        *(x.astype(y.dtype) for x, y in zip((dq, dk, dv), (q, k, v), strict=True)),
+        d_eta_pos.astype(eta_pos.dtype),
+        d_gate.astype(gate.dtype),
+        tuple(x.astype(p.dtype) for x, p in zip(d_params, params, strict=True)),
+        d_norm[:, 0].astype(ln_weight.dtype),
+        d_norm[:, 1].astype(ln_bias.dtype),
+    )
+
+
 def linear_backward(
     q, k, v, eta_pos, gate, params, ln_weight, ln_bias, borders, d_out, d_final, *, mini_batch, group=None
 ):
@@ -426,15 +453,4 @@ def linear_backward(
     *tokens, gates, shared, norm = inputs(q, k, v, eta_pos, gate, (), ln_weight, ln_bias)
     d_state = [x.astype(jnp.float32) for x in d_final]
     out = call(*tokens, d_out.astype(q.dtype), gates, shared, norm, *borders, *d_state)
-    dq, dk, dv, d_gate, d_rate, d_scales, d_norm, *d_params = out
-    # eta of a mini-batch's last row is also the rate of the update: d_rate is its cotangent.
-    d_gate = (d_gate + eta_pos[-1] * d_rate)[..., :mini_batch].reshape(gate.shape)
-    d_eta_pos = d_scales.sum(0)[:mini_batch].at[-1].add(jnp.sum(d_rate * gates))
-    return (
-        *(x.astype(y.dtype) for x, y in zip((dq, dk, dv), (q, k, v), strict=True)),
-        d_eta_pos.astype(eta_pos.dtype),
-        d_gate.astype(gate.dtype),
-        tuple(x.astype(p.dtype) for x, p in zip(d_params, params, strict=True)),
-        d_norm[:, 0].astype(ln_weight.dtype),
-        d_norm[:, 1].astype(ln_bias.dtype),
-    )
+    return cotangents(q, k, v, eta_pos, gate, params, ln_weight, ln_bias, gates, out)

@@ -299,11 +299,12 @@ def newton_schulz_backward_kernel(coeffs, g, d_out, d_g, d, A, B, S, T, xs, *, e
     d_g[0] = d[...] / (norm + eps) - g[0] * along
 
 
-def newton_schulz_refusal(g, coeffs):
-    """Why the kernels cannot take g `[..., m, n]`, None if they can."""
+def newton_schulz_refusal(g, coeffs, dtype=None):
+    """Why the kernels cannot take g `[..., m, n]` with an iteration in `dtype` (None: g's), None if they can."""
     m, n = sorted(g.shape[-2:])
-    if g.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"matrices must be float32 or bfloat16, got {g.dtype}"
+    for kind in (g.dtype, jnp.dtype(dtype or g.dtype)):
+        if kind not in (jnp.float32, jnp.bfloat16):
+            return f"matrices must be float32 or bfloat16, got {kind}"
     # g, d, the result, one more for products at work, and the iterates; A, B, S, T.
     if (4 + len(coeffs)) * matrix_bytes(m, n) + 4 * matrix_bytes(m, m) > BUDGET:
         return f"matrices of {m} x {n} and {len(coeffs)} steps do not fit {BUDGET // 2**20} MiB of VMEM"
@@ -315,7 +316,7 @@ def call_newton_schulz(kernel, arrays, coeffs, eps, dtype, wide, square, kept, n
 
     wide, square: how many of `[m, n]`, `[m, m]`; kept: `[kept, m, n]`, none if 0.
     """
-    reason = newton_schulz_refusal(arrays[0], coeffs)
+    reason = newton_schulz_refusal(arrays[0], coeffs, dtype)
     if reason:
         raise ValueError(reason)
     transpose = arrays[0].shape[1] > arrays[0].shape[2]

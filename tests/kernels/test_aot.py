@@ -15,11 +15,10 @@ CASES = aot.cases()
 REFUSED = {
     # Hopper's tensor cores multiply float32 numbers rounded to 10 bits only: the kernels leave float32 to "xla".
     (
-        "^(flash_prefill|ttt (linear|mlp|lact)|decode_attention batch 32, 32K (for|back)).* float32$",
+        r"^(flash_prefill|ttt (linear|mlp|lact|newton-schulz, \d+ of \d+ x \d+ (for|back))"
+        "|decode_attention batch 32, 32K (for|back)).* float32$",
         ("h100",),
     ): "float32",
-    # Its Gram matrices are XLA's on a GPU.
-    (r"^ttt newton-schulz, 12 of 512 x 512 (for|back)", ("h100",)): "no newton_schulz",
     # Cache and gradients are 16 GiB, which is all that a core has.
     ("^decode_attention .* backward float32$", ("v4", "v5e")): "Ran out of memory on HBM",
 }
@@ -31,8 +30,10 @@ SPILLED = {
     r"^flash_prefill v2, .* backward": 4,
     # A step's chain of products and norms over tiles [64, 64] has more values than 255 registers a thread hold.
     r"^ttt linear, .* backward": 436,
-    r"^ttt mlp, .* forward": 196,
-    r"^ttt mlp, .* backward": 196,
+    r"^ttt mlp, .* forward": 204,
+    # The places of 36 tiles in shared memory, which do not change and are kept rather than worked out again: as much is
+    # spilled where all arithmetic between the products is left out.
+    r"^ttt mlp, .* backward": 1832,
     r"^ttt lact grads, .* backward": 72,
 }
 

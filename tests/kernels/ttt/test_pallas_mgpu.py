@@ -10,14 +10,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 from rollax.kernels.backends import hopper_refusal
-from rollax.kernels.ttt import api, pallas_mgpu, reference
+from rollax.kernels.ttt import FIXED5, MUON5, api, newton_schulz, pallas_mgpu, reference
 from rollax.kernels.ttt.pallas_mgpu_lact import hidden_layer, second_gradients, weighted_gradients
+from rollax.kernels.ttt.pallas_mgpu_mlp import gelu
+from rollax.kernels.ttt.pallas_mgpu_newton_schulz import combine, on_chip
+from rollax.kernels.ttt.pallas_mgpu_newton_schulz_small import BACKWARD, FORWARD
 
 DEVICE = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="this version of JAX has no GPU interpreter"
 )
 OF_LARGEST = 1e-2  # bfloat16 operands (relative rounding 2^-9) and outputs, of the largest entry of an array
+FLOAT16 = OF_LARGEST / 4  # 2^-12
 
 
 def interpreted(function, *args):
@@ -30,13 +34,13 @@ def normal(key, *shape, dtype=jnp.float32, scale=1.0):
     return (scale * jax.random.normal(jax.random.key(key), shape)).astype(dtype)
 
 
-def assert_close(got, want):
+def assert_close(got, want, tolerance=OF_LARGEST):
     got, want = jax.tree.leaves(got), jax.tree.leaves(want)
     assert len(got) == len(want)
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
         x, y = (np.asarray(a.astype(jnp.float32)) for a in (x, y))
         assert x.shape == y.shape
-        np.testing.assert_allclose(x, y, rtol=0, atol=OF_LARGEST * np.abs(y).max(), err_msg=f"array {i}")
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=f"array {i}")
 
 
 def in_float32(args):
@@ -74,16 +78,17 @@ def ttt_inputs(K, n, N=1, units=None, dtype=jnp.bfloat16):
     return args, (normal(8, N, L, f, dtype=dtype), tuple(normal(21 + i, *x.shape) for i, x in enumerate(params)))
 
 
-def check_ttt(run, K, n, group, N=1, units=None):
-    args, cotangents = ttt_inputs(K, n, N, units)
+def check_ttt(run, K, n, group, N=1, units=None, dtype=jnp.bfloat16):
+    args, cotangents = ttt_inputs(K, n, N, units, dtype)
+    close = partial(assert_close, tolerance=FLOAT16 if dtype == jnp.float16 else OF_LARGEST)
     want, pull = jax.vjp(partial(reference.ttt_scan, mini_batch=K), *in_float32(args))
     out, final, borders = run(partial(pallas_mgpu.ttt_forward, mini_batch=K, group=group), *args)
-    assert_close((out, final), want)
+    close((out, final), want)
     learned = lambda params: jax.tree.map(jnp.subtract, tuple(params), args[5])  # noqa: E731
     assert jnp.abs(learned(want[1])[0]).max() > 0.05 * jnp.abs(args[5][0]).max()  # or the next line would say nothing
-    assert_close(learned(final), learned(want[1]))
+    close(learned(final), learned(want[1]))
     got = run(partial(pallas_mgpu.ttt_backward, mini_batch=K, group=group), *args, borders, *cotangents)
-    assert_close(got, pull(in_float32(cotangents)))
+    close(got, pull(in_float32(cotangents)))
 
 
 def test_epilogues_are_the_gate_and_its_gradients():
@@ -102,6 +107,74 @@ def test_epilogues_are_the_gate_and_its_gradients():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     for got, want in zip((u0, u1, u2, *bars, *d_lr), (*weighted, *pull((a0, a1, a2))), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def check_newton_schulz(run, *shape, coeffs=MUON5):
+    """Matrices in float32, iterated in bfloat16; five steps and their gradient round products of rounded products."""
+    g, d_out = normal(0, *shape), normal(1, *shape)
+    want, pull = jax.vjp(partial(newton_schulz, coeffs=coeffs), g)
+    static = dict(coeffs=coeffs, dtype="bfloat16")
+    assert_close(run(partial(pallas_mgpu.newton_schulz, **static), g), want, 2 * OF_LARGEST)
+    assert_close(run(partial(pallas_mgpu.newton_schulz_backward, **static), g, d_out), pull(d_out)[0], 3 * OF_LARGEST)
+
+
+def test_gelu_and_its_derivatives():
+    x = np.linspace(-5, 5, 101)
+    with jax.enable_x64(True):
+        one, two = jax.grad(jax.nn.gelu), jax.grad(jax.grad(jax.nn.gelu))
+        wanted = [np.asarray(f(x)) for f in (jax.nn.gelu, jax.vmap(one), jax.vmap(two))]
+    for got, want in zip(gelu(jnp.asarray(x, jnp.float32)), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "turned", "symmetric"),
+    [(128, 320, 192, False, False), (128, 64, 128, True, False), (256, 192, 256, True, True)],
+)
+def test_combine_interpreted(rows, inner, columns, turned, symmetric):
+    """Sums of products: more steps than slots, columns that 128 does not divide, tiles above the diagonal."""
+    a, b = (normal(i, 2, rows, inner, dtype=jnp.bfloat16) for i in range(2))
+    c, d = (a.mT, b.mT) if symmetric else (normal(i, 2, inner, columns, dtype=jnp.bfloat16) for i in (2, 3))
+    terms = [(a, d), (b, c)] if symmetric else [(a, c), (b, d)]
+    start = normal(4, 2, rows, columns, dtype=jnp.bfloat16)
+    start = start + start.mT if symmetric else start
+    want = 0.5 * start.astype(jnp.float32) - 2 * sum(x @ y for x, y in in_float32(terms))
+    given = [(x, y.mT) for x, y in terms] if turned else terms
+    static = dict(turned=turned, symmetric=symmetric)
+    assert_close(interpreted(partial(combine, **static), given, jnp.array([0.5, -2.0]), start), want)
+    single = interpreted(partial(combine, **static), [(a, a)] if symmetric else given[:1], jnp.ones(2))
+    assert_close(single, in_float32(a) @ in_float32(a).mT if symmetric else in_float32(a) @ in_float32(c))
+
+
+@needs_interpreter
+def test_newton_schulz_interpreted():
+    """Through the public function, on chip, two warpgroups, a matrix that no tile fits."""
+    g, d_out = normal(0, 100, 70), normal(1, 100, 70)
+    run = partial(newton_schulz, coeffs=MUON5[:2], dtype="bfloat16", implementation="pallas_mgpu")
+    out, pull = interpreted(partial(jax.vjp, run), g)
+    (d_g,) = interpreted(pull, d_out)
+    assert out.dtype == d_g.dtype == g.dtype
+    want, pull = jax.vjp(partial(newton_schulz, coeffs=MUON5[:2]), g)
+    assert_close((out, d_g), (want, *pull(d_out)))
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "coeffs"),
+    [((2, 64, 48), MUON5), ((2, 200, 64), MUON5), ((1, 130, 128), FIXED5), ((1, 200, 300), MUON5)],
+)
+def test_newton_schulz_shapes_interpreted(shape, coeffs):
+    check_newton_schulz(interpreted, *shape, coeffs=coeffs)
+
+
+def test_what_stays_on_chip():
+    """A matrix, the Gram matrix and its polynomial; its gradient holds the cotangent and one more besides."""
+    fits = lambda m, n: tuple(on_chip(struct(3, m, n), holds) for holds in (FORWARD, BACKWARD))  # noqa: E731
+    assert fits(64, 48) == fits(128, 256) == fits(256, 100) == fits(768, 64) == (True, True)
+    assert fits(128, 512) == fits(600, 120) == (True, False)
+    assert fits(129, 129) == fits(512, 512) == fits(128, 1024) == (False, False)
 
 
 @needs_interpreter
@@ -129,10 +202,23 @@ def test_ttt_linear_shapes_interpreted(K, n, group, N):
 
 
 @needs_interpreter
+def test_ttt_mlp_interpreted():
+    check_ttt(interpreted, K=16, n=3, group=2, units=256, dtype=jnp.float16)
+
+
+@needs_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize(("K", "n", "group", "N"), [(16, 5, 2, 1), (64, 2, None, 2)])
-def test_ttt_mlp_interpreted(K, n, group, N):
-    check_ttt(interpreted, K, n, group, N, units=256)
+@pytest.mark.parametrize(
+    ("K", "n", "group", "N", "dtype"),
+    [
+        (16, 5, 2, 1, jnp.bfloat16),
+        (64, 2, None, 2, jnp.float16),
+        (8, 5, 2, 1, jnp.float16),
+        (24, 4, 1, 1, jnp.float16),
+    ],
+)
+def test_ttt_mlp_shapes_interpreted(K, n, group, N, dtype):
+    check_ttt(interpreted, K, n, group, N, 256, dtype)
 
 
 @needs_interpreter
@@ -182,12 +268,33 @@ def test_refusal(operator, shape, dtype, params, mini_batch, says):
     assert reason is None if says is None else says in reason
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "inner", "says"),
+    [
+        ((3, 64, 48), "bfloat16", None, None),
+        ((3, 64, 48), "float32", "bfloat16", None),
+        ((3, 64, 48), "float32", None, "the iteration must be in float16 or bfloat16, got float32"),
+        ((3, 64, 48), "bfloat16", "float32", "the iteration must be in float16 or bfloat16, got float32"),
+        ((0, 64, 48), "bfloat16", None, "there are no numbers"),
+    ],
+)
+def test_newton_schulz_refusal(shape, dtype, inner, says):
+    assert pallas_mgpu.newton_schulz_refusal(jax.ShapeDtypeStruct(shape, dtype), MUON5, inner) == says
+
+
+def test_newton_schulz_says_why_not(capsys):
+    with pytest.raises(ValueError, match="'pallas_mgpu' of newton_schulz cannot take this: the iteration must be"):
+        newton_schulz(jnp.ones((4, 4)), implementation="pallas_mgpu")
+    newton_schulz(jnp.ones((4, 4)), explain=True)
+    assert capsys.readouterr().out == "newton_schulz: xla (no kernel for cpu)\n"
+
+
 def struct(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def calls(C, d, h, L, K=16, dtype=jnp.bfloat16):
-    """Every function of the module that has a kernel, with arguments: chunks of C, sequences of L tokens."""
+    """Functions of the module, with arguments: chunks of C, sequences of L tokens. The others are lowered below."""
     N = 4
     w, tokens = (struct(N, h, d), struct(N, d, h), struct(N, h, d)), struct(N, C, d, dtype=dtype)
     yield pallas_mgpu.lact_apply, (*w, tokens)
@@ -196,14 +303,13 @@ def calls(C, d, h, L, K=16, dtype=jnp.bfloat16):
     yield pallas_mgpu.lact_grads_backward, (*w, tokens, tokens, struct(N, C, 3), *w)
     N, f = 32, 64
     tokens, norm = struct(N, L, f, dtype=dtype), struct(N, f)
-    linear = (struct(N, f, f), struct(N, 1, f))
-    mlp = (struct(N, f, 4 * f), struct(N, 1, 4 * f), struct(N, 4 * f, f), struct(N, 1, f))
-    for params in (linear, mlp):
-        args = (tokens, tokens, tokens, struct(K), struct(N, L), params, norm, norm)
-        yield partial(pallas_mgpu.ttt_forward, mini_batch=K), args
-    borders = tuple(struct(L // (4 * K), *x.shape) for x in linear)
-    args = (tokens, tokens, tokens, struct(K), struct(N, L), linear, norm, norm, borders, tokens, linear)
-    yield partial(pallas_mgpu.ttt_backward, mini_batch=K), args
+    params = (struct(N, f, 4 * f), struct(N, 1, 4 * f), struct(N, 4 * f, f), struct(N, 1, f))
+    args = (tokens, tokens, tokens, struct(K), struct(N, L), params, norm, norm)
+    yield partial(pallas_mgpu.ttt_forward, mini_batch=K), args
+    borders = tuple(struct(L // (16 * K), *x.shape) for x in params)
+    yield partial(pallas_mgpu.ttt_backward, mini_batch=K), (*args, borders, tokens, params)
+    g = struct(3, 512, 512)
+    yield partial(pallas_mgpu.newton_schulz_backward, coeffs=MUON5, dtype=dtype), (g, g)
 
 
 def test_lowering():
@@ -238,6 +344,17 @@ def test_lowering_inside_shard_map_and_vmap():
         assert text.count("ttt_linear_") >= 2
 
 
+def test_newton_schulz_lowers_inside_shard_map_and_vmap():
+    mesh = AbstractMesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=DEVICE)
+    run = partial(newton_schulz, dtype="bfloat16", implementation="pallas_mgpu")
+    sharded = jax.shard_map(run, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    for function in (sharded, jax.vmap(run)):
+        gradient = jax.grad(lambda g: jnp.sum(function(g)))  # noqa: B023
+        with use_abstract_mesh(mesh):
+            text = jax.jit(gradient).trace(struct(4, 3, 100, 64)).lower(lowering_platforms=("cuda",)).as_text()
+        assert "newton_schulz_steps" in text
+
+
 @pytest.mark.gpu
 def test_on_the_device():
     if complaint := "no GPU" if jax.default_backend() != "gpu" else hopper_refusal():
@@ -252,3 +369,8 @@ def check_on_the_device(run):
     check_ttt(run, K=16, n=12, group=4, N=8)
     check_ttt(run, K=64, n=8, group=4, N=8)
     check_ttt(run, K=16, n=12, group=4, N=8, units=256)
+    check_ttt(run, K=64, n=20, group=None, N=8, units=256)
+    check_newton_schulz(run, 12, 512, 512)
+    check_newton_schulz(run, 3, 300, 200)
+    check_newton_schulz(run, 48, 128, 256)
+    check_newton_schulz(run, 5, 48, 64)

@@ -238,6 +238,8 @@ def test_refusals():
     assert "do not fit 14 MiB" in pallas_tpu.refusal("ttt_linear_scan", tokens(jnp.float32, f=2048), params(2048), 16)
     assert "do not fit 14 MiB" in pallas_tpu.refusal("lact_apply", tokens(jnp.float32, f=1024), params(1024) * 2)
     assert "do not fit 14 MiB" in pallas_tpu.newton_schulz_refusal(shape((1, 1024, 1024), jnp.float32), ttt.MUON5)
+    narrow = pallas_tpu.newton_schulz_refusal(shape((1, 8, 8), jnp.float32), ttt.MUON5, "float16")
+    assert narrow == "matrices must be float32 or bfloat16, got float16"
     with pytest.raises(ValueError, match="do not fit 14 MiB"):
         pallas_tpu.newton_schulz(jnp.zeros((1, 1024, 1024)), coeffs=ttt.MUON5, interpret=True)
 
