@@ -409,6 +409,38 @@ def test_numbers_may_be_traced_and_vmap_is_a_loop():
     np.testing.assert_allclose(several(*numbers), [one(*(float(x[i]) for x in numbers)) for i in range(3)], rtol=1e-5)
 
 
+def test_steps_of_a_response_choose_alone():
+    """A hint for each step is what the steps, taken apart, would choose."""
+    overlap = jax.random.randint(jax.random.key(9), (4, 2, 6), 0, 5)
+    mask = jnp.asarray([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 0]])
+    span = jnp.asarray([[0, 0, 2, 2, 2, 5], [1, 1, 1, 1, 3, 3]])
+    together = jax.jit(functools.partial(ob.select_hint, mode="sequence"))(overlap, mask, span=span)
+    whole = ob.select_hint(overlap, mask, "sequence")
+    assert (together != whole).any()
+    for row in range(2):
+        for step in np.unique(span[row]):
+            here = np.asarray(span[row] == step)
+            alone = ob.select_hint(overlap[:, row : row + 1, here], mask[row : row + 1, here], "sequence")
+            np.testing.assert_array_equal(together[row, here], alone[0])
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_a_restricted_vocabulary_may_have_fewer_than_k_tokens(subset):
+    raw = jax.random.normal(jax.random.key(10), (3, 2, 4, 8))
+    cur, old, teacher = jax.nn.log_softmax(jnp.where(jnp.arange(8) < 2, raw, -jnp.inf))
+    loss = jax.jit(
+        lambda x, k: ob.topk_opd_loss(x, old, teacher, jnp.ones((2, 4)), k=k, subset=subset)[0], static_argnums=1
+    )
+    np.testing.assert_allclose(loss(cur, 5), loss(cur, 2), rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda x: loss(x, 5).sum())(cur)).all()
+
+
+def test_nan_behind_the_mask_stays_out_of_the_gradient():
+    old, mask = jnp.full((1, 3), -1.0), jnp.asarray([[1, 0, 1]])
+    gradient = jax.grad(lambda x: ob.asymmetric_ppo(x, old, jnp.ones(1), mask).sum())(old.at[0, 1].set(jnp.nan))
+    np.testing.assert_array_equal(gradient, [[-1, 0, -1]])
+
+
 def test_bad_input():
     x, mask = distributions((2, 3, 5)), jnp.ones((2, 3))
     candidates, tokens = x[None], jnp.zeros((2, 3), jnp.int32)
