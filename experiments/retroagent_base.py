@@ -1,0 +1,262 @@
+"""The base model of the study retroagent: a transformer that knows the grammar of its world, and lessons, but no fact.
+
+It imitates a noisy demonstrator in worlds that are drawn anew in every episode, and learns on the same episodes to
+reflect: to say of a finished one whether it was won, which subtasks were done and what it taught. This stands for the
+pretrained model of the paper (arXiv 2603.08561), without which a lesson in a prompt would mean nothing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rollax import envs, objectives
+from rollax.agents import LanguageModel, Sampling, Trajectory, TransformerConfig, language_policy, score, transformer
+from rollax.agents.generation import padded_positions
+from rollax.agents.rollout import Start, as_trajectory, play_rows
+from rollax.envs import Environment
+from rollax.envs.hidden_clusters import (
+    IS_FIRST,
+    IS_SECOND,
+    NO_LESSON,
+    NOT_FIRST,
+    NOT_SECOND,
+    NUM_LESSONS,
+    draw_lesson,
+)
+from rollax.envs.scripts import ScriptedEpisode, scripted_episode
+from rollax.experiments.harness.supervised import fit
+
+if TYPE_CHECKING:
+    from rollax.experiments.retroagent import Config
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "bases"
+SUBTASKS = 4
+
+
+class Bench(NamedTuple):
+    """A world of hidden facts as the study sees it.
+
+    Attributes:
+      make: `make(num_first, num_second, world=None) -> Environment`.
+      draw: `draw(key, num_first, num_second) -> world`, with `facts`, and the `name` of each of 256 tasks.
+    """
+
+    make: Callable[..., Environment]
+    draw: Callable[..., Any]
+
+
+BENCHES = {
+    "household": Bench(envs.household, envs.household_world),
+    "shop": Bench(envs.shop, envs.shop_world),
+}
+
+
+def small_model(config: "Config", env: Environment) -> LanguageModel:
+    return transformer(TransformerConfig(len(env.spec.vocab), config.width, config.layers, config.heads))
+
+
+# --- Episodes -------------------------------------------------------------------------------------------------------
+
+
+def with_positions(episodes: ScriptedEpisode, spec) -> Trajectory:
+    """Scripted episodes `[N, ...]` in the form that `rollout` returns, without log-probs."""
+    seen, action, mask = episodes.observation, episodes.action, episodes.mask
+    rows, turns = mask.shape
+    length = jnp.where(mask, seen.length, 0)
+    begin = jnp.cumsum(length + mask * spec.max_action, axis=1) - length - mask * spec.max_action
+    flat = lambda x: x.reshape(rows * turns, *x.shape[2:])  # noqa: E731
+    positions = jnp.concatenate(
+        [
+            padded_positions(flat(length), spec.max_observation, flat(begin)),
+            padded_positions(flat(mask * spec.max_action), spec.max_action, flat(begin + length)),
+        ],
+        axis=1,
+    ).reshape(rows, -1)
+    own = jnp.concatenate([jnp.zeros(seen.ids.shape, bool), jnp.broadcast_to(mask[..., None], action.shape)], axis=2)
+    blank = jnp.zeros(positions.shape, jnp.float32)
+    width = spec.max_observation + spec.max_action
+    return Trajectory(
+        tokens=jnp.concatenate([seen.ids, action], axis=2).reshape(rows, -1),
+        positions=positions,
+        mask=own.reshape(rows, -1),
+        turn=jnp.broadcast_to(jnp.repeat(jnp.arange(turns, dtype=jnp.int32), width), positions.shape),
+        log_prob=blank,
+        full_log_prob=blank,
+        reward=jnp.where(mask, episodes.step.reward, 0.0),
+        terminated=(mask & episodes.step.terminated).any(axis=1),
+        truncated=(mask & episodes.step.truncated).any(axis=1),
+        info=episodes.step.info,
+    )
+
+
+def play_tasks(
+    key: jax.Array, model: LanguageModel, params, env: Environment, task, lesson, greedy=False
+) -> Trajectory:
+    """Episodes of given tasks `[N]` with the lessons `[N, 2]` in their prompts."""
+    row = jnp.arange(task.shape[0])
+    reset_key, *keys = jax.random.split(key, 3)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    state, observation = jax.vmap(env.reset)(fold(reset_key, row), task, lesson)
+    policy = language_policy(model, params, env.spec, sampling=Sampling(0.0 if greedy else 1.0), early_exit=False)
+    start = Start(policy.begin(observation), state)
+    played = play_rows(tuple(keys), env, policy, start, row, jnp.ones(row.shape, bool), env.spec.max_turns)
+    return as_trajectory(played, env.spec)._replace(info=played.info | {"active": played.mask})
+
+
+def at_the_end(trajectory: Trajectory, value: jax.Array, active: jax.Array) -> jax.Array:
+    """Of `[N, K, ...]`, the entry of each episode's last turn, `[N, ...]`."""
+    last = jnp.maximum(active.sum(axis=1) - 1, 0)
+    return jax.vmap(lambda x, i: x[i])(value, last)
+
+
+# --- Reflection -----------------------------------------------------------------------------------------------------
+
+
+class Reflection(NamedTuple):
+    """What is said of an episode, log-odds and logits: the outcome `[N]`, subtasks `[N, 4]`, two lessons `[N, L]`."""
+
+    outcome: jax.Array
+    subtasks: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def heads_init(key: jax.Array, width: int, lessons: int) -> dict:
+    """Linear heads of a reflection."""
+    sizes = {"outcome": 1, "subtasks": SUBTASKS, "first": lessons, "second": lessons}
+    keys = jax.random.split(key, len(sizes))
+    return {
+        name: {"kernel": 0.02 * jax.random.normal(k, (width, size)), "bias": jnp.zeros(size)}
+        for k, (name, size) in zip(keys, sizes.items(), strict=True)
+    }
+
+
+def reflect(model: LanguageModel, params: dict, trajectory: Trajectory) -> Reflection:
+    """Reads a finished episode up to its last action: what came of that is not shown, so that it must be judged.
+
+    Args:
+      params: `{"policy": ..., "heads": ...}`.
+    """
+    hidden, _ = model.hidden(params["policy"], trajectory.tokens, trajectory.positions)
+    last = jnp.max(jnp.where(trajectory.mask, jnp.arange(trajectory.mask.shape[1]), 0), axis=1)
+    state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    said = {name: state @ head["kernel"] + head["bias"] for name, head in params["heads"].items()}
+    return Reflection(said["outcome"][:, 0], said["subtasks"], said["first"], said["second"])
+
+
+def reflection_loss(said: Reflection, won: jax.Array, progress: jax.Array, lesson: jax.Array) -> jax.Array:
+    """Cross-entropy with the truth, `[N]`."""
+    of_codes = optax.softmax_cross_entropy_with_integer_labels
+    losses = optax.sigmoid_binary_cross_entropy(said.outcome, won.astype(jnp.float32))
+    losses += optax.sigmoid_binary_cross_entropy(said.subtasks, progress.astype(jnp.float32)).mean(axis=1)
+    return losses + of_codes(said.first, lesson[:, 0]) + of_codes(said.second, lesson[:, 1])
+
+
+# --- Pre-training ---------------------------------------------------------------------------------------------------
+
+
+def pretrain(key: jax.Array, config: "Config") -> dict:
+    """Imitation of the demonstrator and reflection on its episodes and on the expert's, in worlds drawn anew."""
+    env = BENCHES[config.bench].make(config.num_first, config.num_second)
+    model = small_model(config, env)
+
+    def episodes(key):
+        lesson_key, episode_key = jax.random.split(key)
+        shown = draw_lesson(lesson_key, config.num_first, config.num_second)
+        told = functools.partial(scripted_episode, episode_key, env, lesson=shown)
+        # Half of the expert's: a demonstrator that knows no fact hardly ever wins, and one must know what winning is.
+        return told(env.demonstrate), told(env.expert)
+
+    def loss(params, key):
+        seen = jax.vmap(episodes)(jax.random.split(key, config.base_batch))
+        total = 0.0
+        for episode, imitate in zip(seen, (True, False), strict=True):
+            trajectory = with_positions(episode, env.spec)
+            if imitate:
+                log_prob, _ = score(model, params["policy"], trajectory, env)
+                total += objectives.aggregate(-log_prob, trajectory.mask, "token_mean")
+            end = functools.partial(at_the_end, trajectory, active=episode.mask)
+            info = episode.step.info
+            said = reflect(model, params, trajectory)
+            total += 0.3 * reflection_loss(said, end(info["won"]), end(info["progress"]), end(info["lesson"])).mean()
+        return total
+
+    policy_key, heads_key, key = jax.random.split(key, 3)
+    lessons = NUM_LESSONS
+    params = {"policy": model.init(policy_key), "heads": heads_init(heads_key, config.width, lessons)}
+    schedule = optax.cosine_decay_schedule(config.base_lr, config.base_steps)
+    return fit(key, params, loss, steps=config.base_steps, optimizer=optax.adam(schedule))
+
+
+def base_model(config: "Config") -> dict:
+    """`pretrain` from the configuration's seed, or what an earlier run with the same settings kept."""
+    fields = ("bench", "num_first", "num_second", "width", "layers", "heads", "base_batch", "base_lr", "base_steps")
+    wanted = {field: getattr(config, field) for field in (*fields, "base_seed")} | {"jax": jax.__version__}
+    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+    file = CACHE / f"retroagent-{name}.npz"
+    shapes = jax.eval_shape(lambda key: pretrain(key, dataclasses.replace(config, base_steps=1)), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    if file.is_file():
+        with np.load(file) as saved:
+            kept = [jnp.asarray(saved[str(i)]) for i in range(len(leaves))]
+        return jax.tree.unflatten(tree, kept)
+    params = jax.jit(functools.partial(pretrain, config=config))(jax.random.key(config.base_seed))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp.npz")
+    np.savez(partial, **{str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(params))})
+    partial.replace(file)
+    return params
+
+
+def calibration(key: jax.Array, params: dict, config: "Config", episodes: int = 4096) -> dict[str, jax.Array]:
+    """How often the base model wins without a lesson, with the right one and with a wrong one."""
+    bench = BENCHES[config.bench]
+    world_key, play_key, task_key = jax.random.split(key, 3)
+    world = bench.draw(world_key, config.num_first, config.num_second)
+    env = bench.make(world=world)
+    facts, names = world.facts, world.name
+    task = jax.random.randint(task_key, (episodes,), 0, names.size)
+    name = names[task]
+    first, second = facts.first[name], facts.second[name]
+    right = jnp.stack([IS_FIRST + first, IS_SECOND + second], axis=1)
+    wrong = jnp.stack([IS_FIRST + (first + 1) % config.num_first, IS_SECOND + (second + 1) % config.num_second], axis=1)
+    told = {}
+    for label, lesson in {"none": jnp.full_like(right, NO_LESSON), "right": right, "wrong": wrong}.items():
+        played = play_tasks(play_key, small_model(config, env), params["policy"], env, task, lesson)
+        told[label] = at_the_end(played, played.info["won"], played.info["active"]).mean(dtype=jnp.float32)
+    return told
+
+
+def lesson_number(lesson: jax.Array, num_first: int, num_second: int) -> jax.Array:
+    """The place of a lesson `[..., 2]` among all of its level, `[...]`: about each fact nothing, "is", or "is not"."""
+    first, second = lesson[..., 0], lesson[..., 1]
+    a = jnp.where(first >= NOT_FIRST, 1 + num_first + first - NOT_FIRST, first)
+    b = jnp.where(second >= NOT_SECOND, 1 + num_second + second - NOT_SECOND, second - IS_SECOND + 1)
+    b = jnp.where(second == NO_LESSON, 0, b)
+    return a * (1 + 2 * num_second) + b
+
+
+def numbered_lesson(number: jax.Array, num_first: int, num_second: int) -> jax.Array:
+    """The lesson `[..., 2]` of a number `[...]`; the inverse of `lesson_number`."""
+    a, b = number // (1 + 2 * num_second), number % (1 + 2 * num_second)
+    first = jnp.where(a > num_first, NOT_FIRST + a - num_first - 1, a)
+    second = jnp.where(b > num_second, NOT_SECOND + b - num_second - 1, jnp.where(b == 0, NO_LESSON, IS_SECOND + b - 1))
+    return jnp.stack([first, second], axis=-1)
+
+
+def hallucinate(key: jax.Array, lesson: jax.Array, rate, num_first: int, num_second: int) -> jax.Array:
+    """Lessons `[N, 2]` of which each slot is, at this rate, a random statement instead."""
+    replaced_key, drawn_key = jax.random.split(key)
+    replaced = jax.random.bernoulli(replaced_key, rate, lesson.shape)
+    draw = functools.partial(draw_lesson, num_first=num_first, num_second=num_second, silent=0.0)
+    drawn = jax.vmap(draw)(jax.random.split(drawn_key, lesson.shape[0]))
+    return jnp.where(replaced, drawn, lesson)
