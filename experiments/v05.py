@@ -205,7 +205,7 @@ CLAIMS = [
     ),
     Claim("R1i", "A rival: at OSLA's rollouts a Beta posterior is better than shrinkage, the prior wrong by .5",
           lambda r: ERROR(r, "osla, sd 0.5") - ERROR(r, "beta, osla's draws, sd 0.5"), unit="squared error",
-          needs=("osla, sd 0.5", "beta, osla's draws, sd 0.5")),
+          needs=("osla, sd 0.5", "beta, osla's draws, sd 0.5"), rival=True),
     Claim("R2", "A prior wrong by .5 leaves less than a third of the dead groups of GRPO at 4 rollouts",
           lambda r: DEAD(r, "static 4, sd 0.5") - DEAD(r, "mean 4") / 3, "below", 0.0, "share",
           needs=("static 4, sd 0.5", "mean 4")),
@@ -241,11 +241,13 @@ CLAIMS = [
     Claim("R3e", "OSLA is better than DAPO with 16 at equal rollouts", gap_at_equal_rollouts("osla, v0", "dapo_16"),
           unit="reward", needs=("osla, v0", "dapo_16")),
     Claim("R3f", "A rival: four times the prompts with GRPO's 4 rollouts is better than OSLA at equal rollouts",
-          gap_at_equal_rollouts("grpo_4, wide", "osla, v0"), unit="reward", needs=("grpo_4, wide", "osla, v0")),
+          gap_at_equal_rollouts("grpo_4, wide", "osla, v0"), unit="reward", rival=True,
+          needs=("grpo_4, wide", "osla, v0")),
     Claim("R3g", "What helps is the prior: at 4 rollouts V_0.5 ends better than a mean that is not divided by std",
           gap("static_4, v0", "dr_grpo_4", final), unit="reward", needs=("static_4, v0", "dr_grpo_4")),
-    Claim("R3h", "... and than a moving average of each prompt", gap("static_4, v0", "moving_average_4", final),
-          unit="reward", needs=("static_4, v0", "moving_average_4")),
+    Claim("R3h", "A rival: a moving average of each prompt ends better than V_0.5, both with 4 rollouts",
+          gap("moving_average_4", "static_4, v0", final), unit="reward", rival=True,
+          needs=("static_4, v0", "moving_average_4")),
     Claim("R4a", "2 rollouts end worse than 4", gap("static_4, v0", "static_2, v0", final), unit="reward",
           needs=("static_4, v0", "static_2, v0")),
     Claim("R4b", "1 rollout ends worse than 4", gap("static_4, v0", "static_1, v0", final), unit="reward",
@@ -264,7 +266,7 @@ CLAIMS = [
           needs=("osla, flipped", "osla, v0")),
     *(
         Claim(f"R9{letter}", f"Under RL {what} is better than OSLA at equal rollouts",
-              gap_at_equal_rollouts(row, "osla, v0"), unit="reward", needs=(row, "osla, v0"))
+              gap_at_equal_rollouts(row, "osla, v0"), unit="reward", needs=(row, "osla, v0"), rival=True)
         for letter, row, what in (
             ("a", "osla, of others, v0", "the weight of the other rollouts"),
             ("b", "osla, confirmed, v0", "a prior confirmed twice"),

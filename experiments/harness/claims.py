@@ -35,6 +35,8 @@ class Claim:
       unit: of the effect, for the table.
       applies: `applies(results) -> bool`: the regime that the claim presupposes; outside it it is inconclusive.
       needs: arms that must have run.
+      rival: not the paper's sentence: something simpler or cheaper is better at equal cost. Reports begin with those
+        that hold.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Claim:
     unit: str = ""
     applies: Callable[[Any], bool] | None = None
     needs: tuple[str, ...] = ()
+    rival: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Verdict:
       p_adjusted: `p_value` corrected over the claims of `judge_all`; NaN from `judge`.
       correction: how, see `statistics.adjust`.
       note: why a verdict is not what the interval alone says, or what weakens it.
+      rival: as in `Claim`.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Verdict:
     looks: int = 1
     p_adjusted: float = np.nan
     correction: str = ""
+    rival: bool = False
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -139,6 +144,7 @@ def judge(claim: Claim, results: Any, level: float = 0.95, looks: int = 1) -> Ve
         p_value=p_value,
         effect_size=float(effect_size(values - (0.0 if claim.says == "within" else bound))),
         looks=looks,
+        rival=claim.rival,
     )
 
 

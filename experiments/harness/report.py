@@ -308,6 +308,8 @@ def markdown_report(title, sections, config, versions) -> str:
     text = [f"# {markdown_text(title)}", ""]
     text += [fenced(command_line(versions)), ""] if command_line(versions) else []
     text += [f"{facts}.", ""] if facts else []
+    if rivals(sections):
+        text += ["Better than the paper at equal cost:", "", *(f"- {markdown_text(x)}" for x in rivals(sections)), ""]
     for section in sections:
         text += [f"## {markdown_text(section.title)}", ""]
         if section.verdicts:
@@ -450,6 +452,16 @@ def view(index: int, section: Section) -> View:
     return View(section, curves, legend, maps, [player(e) for e in section.episodes], throughput(section))
 
 
+def rivals(sections: Sequence[Section]) -> list[str]:
+    """What is better than the paper at equal cost, a sentence each."""
+    return [
+        f"{section.label} {verdict.name}: {verdict.statement}, {effect_and_interval(verdict)} {verdict.unit}".strip()
+        for section in sections
+        for verdict in section.verdicts
+        if verdict.rival and verdict.verdict == "holds"
+    ]
+
+
 def html_report(title, sections, config, versions) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -467,6 +479,7 @@ def html_report(title, sections, config, versions) -> str:
         judged=[section for section in sections if section.verdicts],
         claims=claim_rows([section for section in sections if section.verdicts]),
         views=[view(index, section) for index, section in enumerate(sections)],
+        rivals=rivals(sections),
         config=configuration(config),
         versions={name: plain_text(value) for name, value in versions.items()},
         asked=asked,

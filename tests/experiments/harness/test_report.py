@@ -190,6 +190,19 @@ def test_one_claim_of_several_models_is_one_row(tmp_path):
     assert [text.split()[-5] for text in page.text("div", "effect")] == ["✓", "✕"]
 
 
+def test_rivals_that_win_stand_on_top(tmp_path):
+    """Those alone: a rival that fails is a claim like any other."""
+    rival = lambda name, values: judge(Claim(name, ATTACK, lambda results: values, unit="nats", rival=True), None)  # noqa: E731
+    verdicts = [judged(), rival("won", VALUES), rival("lost", -VALUES)]
+    page = write_report(tmp_path, "t", [Section("a", "a", Table((), ()), verdicts, [])], config={}, versions={})
+    (lines,) = (x for x in Page(page.read_text()).text("div", "rivals"))
+    assert "a won:" in lines and "+0.200 [+0.102, +0.298] nats" in lines and "lost" not in lines
+    text = (tmp_path / "report.md").read_text()
+    assert text.index("- a won:") < text.index("## a") and "- a lost:" not in text
+    plain = write_report(tmp_path, "t", [Section("a", "a", Table((), ()), [judged()], [])], config={}, versions={})
+    assert not Page(plain.read_text()).text("div", "rivals")
+
+
 def test_curves_table_and_throughput(written):
     page = written.page
     assert [" ".join(arm.split()) for arm in [*ARMS[3:], *ARMS[:3]]] == page.text("button")[1:21]

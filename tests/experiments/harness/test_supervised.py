@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rollax.experiments.harness.supervised import fit
+from rollax.experiments.harness.supervised import cached, fit
 
 
 def test_fit_finds_a_minimum_and_gives_every_step_a_key():
@@ -17,3 +17,21 @@ def test_fit_finds_a_minimum_and_gives_every_step_a_key():
     walked = [float(walk(i)) for i in (0, 1)]
     assert walked[0] != walked[1]
     assert max(map(abs, walked)) < 4.9  # 5 if all keys were the same
+
+
+def test_a_start_is_kept_under_its_settings(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"a": (jnp.arange(3.0), jnp.int32(len(calls)))}
+
+    first = cached("toy", {"steps": 3}, make, tmp_path)
+    made = len(calls)
+    again = cached("toy", {"steps": 3}, make, tmp_path)
+    assert jax.tree.structure(first) == jax.tree.structure(again)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert again["a"][1].dtype == np.int32
+    assert len(calls) == made + 1  # its shapes alone
+    cached("toy", {"steps": 4}, make, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob("*.tmp.npz"))
