@@ -3,7 +3,7 @@
 from rollax.agents.async_loop import Service, Trace, Turn, session_service, simulate
 from rollax.agents.critic import Critic, ValueBatch, critic, pretrain_critic, value_head_init, values_before, values_of
 from rollax.agents.generation import Generation, Sampling, generate
-from rollax.agents.host_rollout import host_rollout, host_sampler
+from rollax.agents.host_rollout import host_demonstrate, host_rollout, host_sampler
 from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary
 from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
 from rollax.agents.prior_fitted import (
@@ -106,6 +106,7 @@ __all__ = [
     "encoder_states",
     "first_observations",
     "generate",
+    "host_demonstrate",
     "host_rollout",
     "host_sampler",
     "in_context_logits",

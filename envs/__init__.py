@@ -8,6 +8,7 @@ from rollax.envs.hidden_clusters import HiddenFacts, draw_facts, draw_lesson, ta
 from rollax.envs.host import HostEnvironment, on_host
 from rollax.envs.household import HouseholdWorld, household, household_world
 from rollax.envs.household_rooms import RoomsTask, RoomsWorld, alfworld_household, rooms_world
+from rollax.envs.minesweeper import minesweeper
 from rollax.envs.persona_chat import persona_chat, pretraining_example
 from rollax.envs.prompts import PromptBank, PromptState, TokenKinds, prompt_bank, token_kinds, tokenize_bank
 from rollax.envs.questions import (
@@ -28,6 +29,7 @@ from rollax.envs.questions import (
 from rollax.envs.reasoning_gym import ScoredQuestions, reasoning_gym_questions, scored_questions
 from rollax.envs.scripts import ScriptedEpisode, scripted_episode
 from rollax.envs.shop import ShopWorld, shop, shop_world
+from rollax.envs.sokoban import SokobanLevel, sokoban, sokoban_from_text, sokoban_level, solve_sokoban
 from rollax.envs.sorting import sorting
 from rollax.envs.tail_forks import ForkTables, expected_success, fork_tables, initial_logits, tail_forks
 from rollax.envs.text_games import Games, gymnasium_text, make_textworld_games, textworld_games, with_commands
@@ -59,6 +61,7 @@ __all__ = [
     "ScoredQuestions",
     "ScriptedEpisode",
     "ShopWorld",
+    "SokobanLevel",
     "Step",
     "TokenKinds",
     "TokenSpec",
@@ -89,6 +92,7 @@ __all__ = [
     "largest_of_three",
     "line_prompt",
     "make_textworld_games",
+    "minesweeper",
     "on_host",
     "persona_chat",
     "pretraining_example",
@@ -100,6 +104,10 @@ __all__ = [
     "scripted_episode",
     "shop",
     "shop_world",
+    "sokoban",
+    "sokoban_from_text",
+    "sokoban_level",
+    "solve_sokoban",
     "sorting",
     "split_questions",
     "sums",

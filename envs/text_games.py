@@ -5,6 +5,7 @@ tokenizer is an argument. The packages are optional: `pip install 'rollax[games]
 as source and wants gcc and make).
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,7 +265,10 @@ class TextWorldGame:
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
         file = self.files[seed % len(self.files)]
         if file != self.file:
-            self.game, self.file = self.package.start(file, self.wanted), file
+            with warnings.catch_warnings():
+                # jericho does not know generated games, from which TextWorld itself reads the score.
+                warnings.filterwarnings("ignore", message="Game .* is not fully supported")
+                self.game, self.file = self.package.start(file, self.wanted), file
         self.game.seed(seed)
         state, self.score = self.game.reset(), 0
         return clean_feedback(state.feedback), info_of(state)

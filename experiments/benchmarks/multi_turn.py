@@ -4,20 +4,18 @@
     python -m rollax.experiments.benchmarks.multi_turn --environments 64 --turns 4
 
 Sessions of `envs.persona_chat` with the small transformer: every turn reads 10 tokens and writes up to 12. Two peers
-have the policy of `agents.rollout`, compiled, with its cache and the same keys, and play the same episodes to the last
-token: one steps all environments between two calls for the whole batch, the other plays one episode after the other, as
-an agent that is served request by request does.
+have the policy of `agents.rollout` by `agents.host_rollout`, compiled, with its cache and the same keys, and play the
+same episodes to the last token: one steps all environments between two calls for the whole batch, the other plays one
+episode after the other, as an agent that is served request by request does.
 """
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rollax.agents import LanguageModel, TransformerConfig, language_policy, play, transformer
-from rollax.envs import Tokens, persona_chat
+from rollax.agents import Trajectory, TransformerConfig, host_sampler, rollout, transformer
+from rollax.envs import Environment, HostEnvironment, Step, Tokens, persona_chat
 from rollax.envs.persona_chat import (
     ASSIST,
     BOLD,
@@ -31,7 +29,6 @@ from rollax.envs.persona_chat import (
     PAD,
     PERSONA,
     REDO,
-    REPLY,
     WARM,
     ZERO,
 )
@@ -97,58 +94,41 @@ class PlainSession:
         return any(covered) and all(covered[i] for i, digit in enumerate(digits) if digit)
 
 
-class TurnByTurn:
-    """The compiled policy of `rollout`, asked between two steps of plain environments."""
+def plain_sessions(env: Environment) -> HostEnvironment:
+    """N plain sessions on the host; `env` draws the persona and the digits of each."""
+    spec, draw = env.spec, jax.jit(jax.vmap(env.reset))
 
-    def __init__(self, model: LanguageModel, params, env, key: jax.Array, rows: np.ndarray):
-        reset_key, sample_key, _ = jax.random.split(key, 3)
-        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        self.sessions, self.first = jax.device_get(jax.jit(jax.vmap(env.reset))(fold(reset_key, rows)))
-        self.keys, self.turns = fold(sample_key, rows), env.spec.max_turns
-        policy = functools.partial(language_policy, model, spec=env.spec)
-        self.begin = jax.jit(lambda observation: policy(params).begin(observation))
-        self.see = jax.jit(lambda memory, observation, alive: policy(params).see(memory, observation, alive))
-
-        def act(keys, turn, memory, alive):
-            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, turn)
-            action, memory, _ = policy(params).act(keys, memory, alive)
-            return action, memory
-
-        self.act = jax.jit(act)
-
-    def play(self) -> tuple[np.ndarray, np.ndarray]:
-        """(actions `[N, K, A]`, padding after the end; rewards `[N, K]`)."""
-        N = len(self.keys)
+    def reset(keys):
+        drawn, observation = jax.device_get(draw(keys))
         sessions = [
-            PlainSession(int(persona), [int(d) for d in digits], self.turns)
-            for persona, digits in zip(self.sessions.persona, self.sessions.digits, strict=True)
+            PlainSession(int(persona), digits.tolist(), spec.max_turns)
+            for persona, digits in zip(drawn.persona, drawn.digits, strict=True)
         ]
-        actions, rewards = np.full((N, self.turns, REPLY), PAD), np.zeros((N, self.turns), np.float32)
-        alive = np.ones(N, bool)
-        memory = self.begin(Tokens(*self.first))
-        for turn in range(self.turns):
-            action, memory = self.act(self.keys, turn, memory, alive)
-            replies = np.asarray(action)
-            ids, length = np.full((N, CONTEXT), PAD, np.int32), np.zeros(N, np.int32)
-            for i in np.flatnonzero(alive):
-                seen, rewards[i, turn], done = sessions[i].step(replies[i].tolist())
-                actions[i, turn] = replies[i]
-                alive[i] = not done
-                if not done:
-                    ids[i], length[i] = seen, CONTEXT
-            if not alive.any():
-                break
-            if turn + 1 < self.turns:
-                memory = self.see(memory, Tokens(ids, length), alive)
-        return actions, rewards
+        return sessions, observation
+
+    def step(keys, sessions, action, alive):
+        del keys
+        N = len(sessions)
+        ids, length = np.full((N, CONTEXT), PAD, np.int32), np.zeros(N, np.int32)
+        reward, done = np.zeros(N, np.float32), np.zeros(N, bool)
+        for i in np.flatnonzero(alive):
+            seen, reward[i], done[i] = sessions[i].step(action[i].tolist())
+            if not done[i]:
+                ids[i], length[i] = seen, CONTEXT
+        pleased = reward > 0
+        return sessions, Step(Tokens(ids, length), reward, pleased, done & ~pleased, {})
+
+    return HostEnvironment(reset, step, spec)
 
 
-def in_one_program(model: LanguageModel, params, env, key: jax.Array, environments: int):
-    """The same episodes by `play`: (actions, rewards)."""
-    spec = env.spec
-    played = play(key, env, language_policy(model, params, spec), num_starts=environments, num_steps=spec.max_turns)
-    actions = jnp.where(played.mask[..., None], played.record["tokens"][..., spec.max_observation :], spec.pad_id)
-    return actions, played.reward
+def same_episodes(ours: Trajectory, theirs: Trajectory) -> None:
+    """Raises RuntimeError where two trajectories differ in a token that counts, a mask, a reward or an end."""
+    for name in ("positions", "mask", "reward", "terminated", "truncated", "tokens"):
+        x, y = (np.asarray(getattr(side, name)) for side in (ours, theirs))
+        if name == "tokens":
+            x, y = (np.where(np.asarray(ours.positions) >= 0, side, PAD) for side in (x, y))
+        if not np.array_equal(x, y):
+            raise RuntimeError(f"{name}: the episodes of the two sides differ")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,22 +136,21 @@ def main(argv: list[str] | None = None) -> None:
     env = persona_chat(1.0, max_turns=config.turns)
     model = transformer(TransformerConfig(len(env.spec.vocab), config.width, num_layers=2, num_heads=4))
     params, key, N = model.init(jax.random.key(0)), jax.random.key(1), config.environments
-    ours = lambda params, key: in_one_program(model, params, env, key, N)  # noqa: E731
+    ours = lambda params, key: rollout(key, model, params, env, num_prompts=N)  # noqa: E731
     compiled, compile_ours = compile_timed(ours, params, key)
-    batched = TurnByTurn(model, params, env, key, np.arange(N))
-    single = [TurnByTurn(model, params, env, key, np.arange(i, i + 1)) for i in range(config.alone)]
-    for other in single[1:]:  # one program for all
-        other.begin, other.see, other.act = single[0].begin, single[0].see, single[0].act
-    wanted = compiled(params, key)
-    for got, rows in ((batched.play(), slice(None)), *((one.play(), slice(i, i + 1)) for i, one in enumerate(single))):
-        for name, x, y in zip(("actions", "rewards"), got, wanted, strict=True):
-            if not np.array_equal(x, np.asarray(y)[rows]):
-                raise RuntimeError(f"{name}: the episodes of the two sides differ")
+    batched, single = (host_sampler(model, plain_sessions(env), num_prompts=rows) for rows in (N, 1))
+    wanted = jax.device_get(compiled(params, key))
+    same_episodes(wanted, batched(key, params))
+    for i in range(config.alone):
+        same_episodes(jax.tree.map(lambda x: x[i : i + 1], wanted), single(key, params, i))  # noqa: B023
     print(f"identical episodes: {N} in a batch, {config.alone} one by one")
     work = N * config.turns
-    alone = lambda: sum(seconds_of(one.play) for one in single) * N / config.alone  # noqa: E731
+
+    def alone():
+        return sum(seconds_of(single, key, params, i) for i in range(config.alone)) * N / config.alone
+
     cases = {
-        "Python environments, one batched policy": lambda: seconds_of(batched.play),
+        "Python environments, one batched policy": lambda: seconds_of(batched, key, params),
         "one episode at a time": alone,
     }
     rows = [
