@@ -46,6 +46,14 @@ class Bits(NamedTuple):
             found = found | word
         return found != 0
 
+    def first(self) -> "Bits":
+        """Its first cell, row by row, alone."""
+        kept, before = [], jnp.uint32(0)
+        for word in self.words:
+            kept.append(jnp.where(before == 0, word & -word, jnp.uint32(0)))
+            before |= word
+        return Bits(tuple(kept))
+
     def count(self) -> jax.Array:
         """Number of cells, int32 `[]`."""
         return sum(jax.lax.population_count(word).astype(jnp.int32) for word in self.words)

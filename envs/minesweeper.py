@@ -114,13 +114,13 @@ def minesweeper(
 
     Args:
       num_rows, num_cols: at least 2 each, at most 12 columns and at most 256 cells.
-      num_mines: at least 1, with room for one cell without.
+      num_mines: at least 1, and at most all cells but two.
       horizon: moves after which an episode is cut.
       reward: "shaped" for -1 where nothing changed, +0.5 for a cell, +2 for a cascade, +10 for the cleared board and
         -0.1 for a mine, the last that applies; "sparse" for the +10 alone.
-      first: "opened": a random cell without a mine is open at reset, with its cascade unless that would clear the
-        board; "safe": all are hidden, and the first move meets no mine: one that is there goes to another cell, so that
-        the mines are uniform over all others.
+      first: "opened": at reset a random cell without a mine is opened, or, where its cascade would clear the board,
+        the first cell next to a mine; "safe": all are hidden, and the first move meets no mine: one that is there goes
+        to another cell, so that the mines are uniform over all others.
       cascade: a cell without mines around opens its neighbours, and so on; off, a move opens one cell.
 
     Returns:
@@ -137,8 +137,8 @@ def minesweeper(
             f"num_rows must be at least 2, num_cols 2 to {MAX_COLUMNS}, and cells at most {MAX_CELLS}, "
             f"got {num_rows} and {num_cols}"
         )
-    if not 1 <= num_mines < size:
-        raise ValueError(f"num_mines must be 1 to {size - 1}, got {num_mines}")
+    if not 1 <= num_mines <= size - 2:
+        raise ValueError(f"num_mines must be 1 to {size - 2}, got {num_mines}")
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1, got {horizon}")
     if reward not in REWARDS:
@@ -162,9 +162,10 @@ def minesweeper(
         if first == "safe":
             opened = opened ^ opened
         elif cascade:
-            spread = _open(opened, mines, shape)
-            # One that would clear the board stays alone: an episode begins with something to do.
-            opened = opened | spread.where(spread.count() < size - num_mines)
+            opened = _open(opened, mines, shape)
+            clears = opened.count() == size - num_mines
+            numbered = boards.grow(mines, num_cols) & boards.everything(shape) & ~mines
+            opened = opened.where(~clears) | numbered.first().where(clears)
         state = start(boards.unpack(mines, shape), boards.unpack(opened, shape))
         return state._replace(spare=spare), observe(mines, opened, PAD, size)
 

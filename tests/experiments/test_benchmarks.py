@@ -12,6 +12,7 @@ import pytest
 from rollax.experiments import bandpo, ppo_cartpole
 from rollax.experiments.benchmarks import (
     band_bounds,
+    board_steps,
     checkpoints,
     decode,
     env_steps,
@@ -56,6 +57,17 @@ def test_env_steps(tmp_path):
     assert [row["work"] for row in rows] == [400, 400] and len(rows[0]["ours"]) == 2
     for row in rows:  # random actions fall after some twenty steps
         assert 0.02 < row["notes"]["share_of_steps_that_end"]["ours"] < 0.1
+
+
+def test_board_steps(tmp_path):
+    out = tmp_path / "out.json"
+    size = ["--num-envs", "2", "--steps", "401", "--levels", "3", "--repeats", "2", "--out", str(out)]
+    board_steps.main(["--no-peer", *size])
+    rows = lone_rows(out)
+    assert [row["case"].split(",")[0] for row in rows] == ["sokoban", "minesweeper"]
+    assert [row["work"] for row in rows] == [400, 400] and len(rows[0]["ours"]) == 2
+    ends = [row["notes"]["share_of_steps_that_end"]["ours"] for row in rows]
+    assert ends[0] < 0.02 and 0.03 < ends[1] < 0.3  # at the horizon; at the tenth cell or so
 
 
 def test_objectives(tmp_path):
@@ -111,7 +123,7 @@ def test_kernels(tmp_path, benchmark):
     assert errors and all(error < 1e-5 for error in errors.values()), errors
 
 
-MAINS = [module.main for module in (env_steps, objectives, generation, ppo, *KERNELS)]
+MAINS = [module.main for module in (env_steps, board_steps, objectives, generation, ppo, *KERNELS)]
 
 
 @pytest.mark.parametrize("main", MAINS)

@@ -65,6 +65,7 @@ def batch():
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def by_hand(row, batch, params, teacher, key):
     """Loss and gradient of a method, from the objectives alone."""
     n = openclaw.CHAT[row]
@@ -122,9 +123,13 @@ def ours(params, teacher, batch, key, n):
 
 
 ALONE = [row for row in openclaw.CHAT if "q=" not in row and "p_dir" not in row]
+BY_HAND = (
+    "binary", "combined v1", "combined v1, exact", "opd v2, C=0.5", "hybrid v2, no clip", "hybrid v2, k=2",
+    "hybrid v2, by token", "hybrid v2, random", "hybrid v2, self",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ALONE)
+@pytest.mark.parametrize("row", BY_HAND)
 def test_a_row_has_the_loss_of_its_method(row, batch):
     params, teacher, key = law(0), law(1), jax.random.key(9)
     value, grads = ours(params, teacher, batch, key, as_numbers(openclaw.CHAT[row]))
@@ -224,8 +229,13 @@ def test_the_forward_of_training_is_that_of_sampling(base):
     """At temperature 0 a reply is the most likely token at every place."""
     context = jax.random.randint(jax.random.key(2), (8, CONTEXT), 0, V)
     model = openclaw_base.chat_model(TINY)
-    said = openclaw_base.sample_replies(model, jax.random.split(jax.random.key(3), 8), base, context, 0.0)
-    best = openclaw_base.reply_log_probs(model, base, context, said.ids).argmax(axis=-1)
+
+    @jax.jit
+    def both(context):
+        said = openclaw_base.sample_replies(model, jax.random.split(jax.random.key(3), 8), base, context, 0.0)
+        return said, openclaw_base.reply_log_probs(model, base, context, said.ids).argmax(axis=-1)
+
+    said, best = both(context)
     np.testing.assert_array_equal(np.where(said.mask, best, PAD), said.ids)
 
 
@@ -321,7 +331,9 @@ def test_agents_get_the_advantages_of_their_arm():
     votes = jnp.where(jax.random.bernoulli(keys[2], 0.5, (G, N, T, agents.VOTES)), 1, -1)
     outcome = jnp.where(won, 1.0, -1.0)
     step = votes.mean(axis=-1)
-    of = lambda row: agents.step_advantages(won, votes, made, as_numbers(agents.AGENTS[row]))  # noqa: E731
+    arm = jax.jit(agents.step_advantages)
+    of = lambda row: arm(won, votes, made, as_numbers(agents.AGENTS[row]))  # noqa: E731
+    by_bucket = jax.jit(objectives.step_index_advantage, static_argnames="bucket")
 
     advantage, kept = of("outcome")
     for g in range(G):
@@ -335,7 +347,7 @@ def test_agents_get_the_advantages_of_their_arm():
         ("step", step, "step"),
     ):
         advantage, kept = of(row)
-        wanted, wanted_kept = objectives.step_index_advantage(reward, made, bucket=bucket)
+        wanted, wanted_kept = by_bucket(reward, made, bucket=bucket)
         np.testing.assert_allclose(advantage, wanted, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(kept, wanted_kept)
 
@@ -381,10 +393,15 @@ def test_every_claim_asks_for_rows_of_one_part():
         (["--part", "talk", "--arms", "binary"], "arms: expected some of binary, talk"),
         (["--part", "chat", "--updates", "30"], "chunk: expected a divisor of updates=30, got 4"),
         (["--part", "asynchronous", "--chunk", "8"], "chunk: expected all updates=96 in part asynchronous, got 8"),
+        (
+            ["--part", "asynchronous", "--longest-delay", "8"],
+            "longest_delay: expected at least 12 for these arms, got 8",
+        ),
         (["--part", "talk", "--updates", "7"], "updates: expected an even number in part talk, got 7"),
         (["--part", "chat", "--ambiguous", "2"], "ambiguous: expected a share, 0 to 1, got 2.0"),
         (["--part", "agents", "--bench", "chess"], "bench: expected household or shop, got 'chess'"),
         (["--part", "agents", "--horizon", "3"], "horizon: expected at least 4, got 3"),
+        (["--part", "agents", "--pool", "4"], "pool: expected tasks=8 to 256, got 4"),
         (["--width", "30"], "width: expected a multiple of 2 * heads=8, got 30"),
     ],
 )
