@@ -141,8 +141,8 @@ def sokoban(
       (`solve_sokoban` finds solutions on the host).
 
     Raises:
-      ValueError: sizes out of range, a horizon below one, an unknown reward, a level without a bank, levels that are
-        not `[M, R, C]`, or an action that is not `[1]`.
+      ValueError: sizes out of range, a horizon below one, an unknown reward, a level without a bank or not in it,
+        levels that are not `[M, R, C]`, or an action that is not `[1]`.
     """
     if levels is None:
         _check_sizes(num_rows, num_cols, num_boxes, max_pushes)
@@ -165,8 +165,11 @@ def sokoban(
 
     def reset(key, level=None):
         if levels is not None:
+            num_levels = levels.cells.shape[0]
             if level is None:
-                level = jax.random.randint(key, (), 0, levels.cells.shape[0], jnp.int32)
+                level = jax.random.randint(key, (), 0, num_levels, jnp.int32)
+            elif not isinstance(level, jax.core.Tracer) and not 0 <= int(level) < num_levels:
+                raise ValueError(f"level must be 0 to {num_levels - 1}, got {level}")
             drawn = jax.tree.map(lambda x: jnp.asarray(x)[level], levels)
         elif level is None:
             drawn = sokoban_level(key, num_rows, num_cols, num_boxes, max_pushes, pushes, max_solution, wall_share)
@@ -387,8 +390,8 @@ def sokoban_from_text(text: str, solution: Sequence[int] = (), max_pushes: int |
       max_pushes: P, at least the pushes of the solution (default: as many, and one at least).
 
     Raises:
-      ValueError: an unknown symbol, not one player, no box, more boxes than targets, a solution that does not solve,
-        or more pushes than P.
+      ValueError: an unknown symbol, not one player, no box, more boxes than targets, a solution that does not solve or
+        has a move that changes nothing, or more pushes than P.
     """
     lines = text.strip("\n").split("\n")
     width = max(map(len, lines))
@@ -406,8 +409,17 @@ def sokoban_from_text(text: str, solution: Sequence[int] = (), max_pushes: int |
         raise ValueError(f"text must have 1 to {targets} boxes, as many as targets, got {len(boxes)}")
     cells, agent = cells.reshape(len(lines), width), int(agents[0])
     pushes, at = [], agent
+
+    def is_free(row, col):
+        inside = 0 <= row < len(lines) and 0 <= col < width
+        return inside and cells[row, col] != WALL and row * width + col not in boxes
+
     for direction in solution:
-        ahead = at + MOVES[direction][0] * width + MOVES[direction][1]
+        (row, col), (down, right) = divmod(at, width), MOVES[direction]
+        ahead = at + down * width + right
+        steps = 2 if ahead in boxes else 1
+        if not is_free(row + steps * down, col + steps * right):
+            raise ValueError(f"solution must be of moves that change the board, got {list(solution)}")
         beyond = 2 * ahead - at
         if ahead in boxes:
             boxes = (boxes - {ahead}) | {beyond}

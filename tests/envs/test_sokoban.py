@@ -440,12 +440,17 @@ def test_bad_calls(environment):
         environment.step(jax.random.key(0), state, jnp.asarray([ACT, ACT]))
     with pytest.raises(ValueError, match="levels must be given to sokoban, got level=3"):
         environment.reset(jax.random.key(0), level=3)
+    banked = sokoban(levels=jax.tree.map(lambda x: x[None], sokoban_from_text(BOARD)))
+    with pytest.raises(ValueError, match="level must be 0 to 0, got 99"):
+        banked.reset(jax.random.key(0), level=99)
     for text, options, message in (
         ("#x#", {}, r"text must be of the symbols ' \.\$\*@\+#', got \['x'\]"),
         ("#@@$.#", {}, "text must have one player, got 2"),
         ("#@.#", {}, "text must have 1 to 1 boxes, as many as targets, got 0"),
         ("#@$$.#", {}, "text must have 1 to 1 boxes, as many as targets, got 2"),
         ("#@$ .#", {"solution": [1]}, r"solution must bring every box onto a target, got \[1\]"),
+        ("#@$#. #", {"solution": [1, 1]}, r"solution must be of moves that change the board, got \[1, 1\]"),
+        ("@$.", {"solution": [3, 1]}, r"solution must be of moves that change the board, got \[3, 1\]"),
         ("#@$ .#", {"solution": [1, 1], "max_pushes": 1}, "max_pushes must be at least 2, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
