@@ -139,6 +139,7 @@ def backward_kernel(coeffs, xs, d_out, out, x, d, A, B, S, loaded, met):
         replace(d, own, meet, lambda j: a * read(d.at[j, own]) + products(j))
 
     fetch(d_out.at[n], d, loaded)
+    meet()  # the barrier is used again at once: no warpgroup may miss its first phase
     lax.fori_loop(0, steps, step, None)
     send(d, own, out.at[n])
     plgpu.wait_smem_to_gmem(0)

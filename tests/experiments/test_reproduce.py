@@ -7,17 +7,21 @@ import pytest
 from rollax.experiments import reproduce
 from rollax.experiments.harness.study import study_names
 
+QUICK = ("ppo_cartpole", "v05")  # the others have tests of their own
 
-@pytest.mark.timeout(1200)  # compiles every study
-def test_a_smoke_run_of_every_study(tmp_path, capfd, monkeypatch):
+
+@pytest.mark.timeout(1800)  # compiles every study
+@pytest.mark.parametrize("studies", [QUICK, pytest.param(study_names(), marks=pytest.mark.slow)], ids=("quick", "all"))
+def test_a_smoke_run_of_every_study(tmp_path, capfd, monkeypatch, studies):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each program runs for a moment: half the time
     argv = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "RESULTS.md")]
+    argv += ["--studies", *studies]
     reproduce.main(argv)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "says nothing of the claims" in text
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     claims = 0
-    for name in study_names():
+    for name in studies:
         (results,) = (tmp_path / "runs" / name).glob("smoke-*/results.json")
         for label, part in json.loads(results.read_text()).items():
             claims += len(part["claims"])
@@ -26,7 +30,7 @@ def test_a_smoke_run_of_every_study(tmp_path, capfd, monkeypatch):
                 assert line[2][:20] == claim["statement"][:20]
                 assert line[3] == claim["verdict"]
                 assert line[6] == "2"
-    assert len(lines) == claims >= 27
+    assert len(lines) == claims >= 11
     capfd.readouterr()
     reproduce.main([*argv, "--table"])  # the same from the files alone
     assert (tmp_path / "RESULTS.md").read_text() == text

@@ -107,6 +107,7 @@ def test_arms_of_one_program_do_what_they_say(base):
         assert ((np.asarray(evaluated[name]) >= 0) & (np.asarray(evaluated[name]) <= 1)).all()
 
 
+@pytest.mark.slow
 def test_lessons_are_of_the_task_or_its_like_and_a_poisoned_memory_is_wrong(base):
     train = retroagent.make_train(SMALL, base)
     state = jax.jit(train.init)(jax.random.key(0))

@@ -100,6 +100,7 @@ def test_rounds_outside_the_program_train_as_rounds_inside(task):
     np.testing.assert_allclose(*evaluated)
 
 
+@pytest.mark.slow
 def test_critics_learn_what_the_policy_earns_and_the_policy_learns_from_them(task):
     config = dataclasses.replace(CONFIG, critic_start=4, passes=1, value_lr=1e-2)
     train = language.make_train(config, task, "critic")
