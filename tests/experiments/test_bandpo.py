@@ -71,7 +71,10 @@ def test_the_default_study_end_to_end(tmp_path, capsys):
     assert (folder / "report.md").read_text() == report
 
 
-@pytest.mark.parametrize("task", ["sorting", "arithmetic", "countdown"])
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param("sorting", marks=pytest.mark.slow), "arithmetic", pytest.param("countdown", marks=pytest.mark.slow)],
+)
 def test_every_task_of_the_transformer(tmp_path, task):
     argv = ("--model", "transformer", "--task", task, "--arms", "clip", "band_kl", "--kl-coefficient", "0.01")
     _, results = run(tmp_path, *argv, "--staleness", "1")
@@ -257,6 +260,7 @@ def test_sharding_does_not_change_an_update():
     assert max(jax.tree.leaves(gaps)) < 0.05, gaps
 
 
+@pytest.mark.slow
 def test_learning_and_its_control():
     """Sorting after a start on 60 % wrong labels: 30 updates recover it; with shuffled rewards they destroy it."""
     config = Config(

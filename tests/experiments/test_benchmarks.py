@@ -190,6 +190,7 @@ def test_checkpoints(tmp_path):
     assert all(row["ratio"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_one_program_of_a_sweep_against_single_ones(tmp_path):
     config = sweep_speed.Config(deltas=("0.05",), lrs=("0.1", "0.2"), seeds=2, updates=2, repeats=1)
     row = sweep_speed.programs(config)

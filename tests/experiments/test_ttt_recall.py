@@ -104,6 +104,7 @@ def trained(arm):
     return jax.device_get(jax.jit(train.evaluate)(state, ()))
 
 
+@pytest.mark.slow
 def test_windows_learn_what_is_near_and_a_memory_the_rest():
     window = trained(ttt_recall.ARMS["window"])
     assert window["near"] > 0.8 and window["far"] < 0.4  # chance .25
