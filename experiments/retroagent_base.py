@@ -5,17 +5,12 @@ reflect: to say of a finished one whether it was won, which subtasks were done a
 pretrained model of the paper (arXiv 2603.08561), without which a lesson in a prompt would mean nothing.
 """
 
-import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rollax import envs, objectives
@@ -33,12 +28,11 @@ from rollax.envs.hidden_clusters import (
     draw_lesson,
 )
 from rollax.envs.scripts import ScriptedEpisode, scripted_episode
-from rollax.experiments.harness.supervised import fit
+from rollax.experiments.harness.supervised import CACHE, cached, fit
 
 if TYPE_CHECKING:
     from rollax.experiments.retroagent import Config
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "bases"
 SUBTASKS = 4
 
 
@@ -200,21 +194,9 @@ def pretrain(key: jax.Array, config: "Config") -> dict:
 def base_model(config: "Config") -> dict:
     """`pretrain` from the configuration's seed, or what an earlier run with the same settings kept."""
     fields = ("bench", "num_first", "num_second", "width", "layers", "heads", "base_batch", "base_lr", "base_steps")
-    wanted = {field: getattr(config, field) for field in (*fields, "base_seed")} | {"jax": jax.__version__}
-    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-    file = CACHE / f"retroagent-{name}.npz"
-    shapes = jax.eval_shape(lambda key: pretrain(key, dataclasses.replace(config, base_steps=1)), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(shapes)
-    if file.is_file():
-        with np.load(file) as saved:
-            kept = [jnp.asarray(saved[str(i)]) for i in range(len(leaves))]
-        return jax.tree.unflatten(tree, kept)
-    params = jax.jit(functools.partial(pretrain, config=config))(jax.random.key(config.base_seed))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp.npz")
-    np.savez(partial, **{str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(params))})
-    partial.replace(file)
-    return params
+    wanted = {field: getattr(config, field) for field in (*fields, "base_seed")}
+    make = functools.partial(pretrain, jax.random.key(config.base_seed), config)
+    return jax.tree.map(jnp.asarray, cached("retroagent", wanted, make, CACHE))
 
 
 def calibration(key: jax.Array, params: dict, config: "Config", episodes: int = 4096) -> dict[str, jax.Array]:

@@ -24,7 +24,15 @@ from rollax.experiments.harness.command_line import Options, one_line_errors, pa
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, final, gap, late
 from rollax.experiments.harness.study import Build, Study, main
-from rollax.experiments.v05_baselines import BIASES, DRAWS, ERRORS, ESTIMATES, estimators_train
+from rollax.experiments.v05_baselines import (
+    BIASES,
+    DRAWS,
+    ERRORS,
+    ESTIMATES,
+    at_rollouts,
+    estimators_train,
+    gap_at_equal_rollouts,
+)
 from rollax.experiments.v05_policy import ARMS, WIDE, fitted_values, policy_train
 from rollax.experiments.v05_values import SIZES, VALUE_ARMS, fitted_head, rival_train, v0_train
 
@@ -134,23 +142,6 @@ def build(config: Config) -> Build:
     shared = dict(cost=config.cost, strength=config.strength, floor=config.floor, lr=config.lr)
     rows = {arm: ARMS[arm]._replace(**shared) for arm in arms}
     return Build(policy_train(config, values), rows)
-
-
-def at_rollouts(results: Results, row: str, spent: np.ndarray) -> np.ndarray:
-    """Held-out reward when the row had drawn so many rollouts, `[seeds]`: linear between evaluations, never beyond."""
-    curves = zip(spent, results.held_out[row]["spent"], results.held_out[row]["reward"], strict=True)
-    return np.array([np.interp(x, xs, ys) if x <= xs[-1] else np.nan for x, xs, ys in curves])
-
-
-def gap_at_equal_rollouts(better: str, worse: str) -> Callable[[Results], np.ndarray]:
-    """When the one that draws less has drawn all of its rollouts."""
-
-    def measure(results):
-        ends = [results.held_out[row]["spent"][:, -1] for row in (better, worse)]
-        spent = np.minimum(*ends)
-        return at_rollouts(results, better, spent) - at_rollouts(results, worse, spent)
-
-    return measure
 
 
 def mean(metric: str) -> Callable[[Results, str], np.ndarray]:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rollax import objectives
-from rollax.experiments.harness.loop import Train
+from rollax.experiments.harness.loop import Results, Train
 
 if TYPE_CHECKING:
     from rollax.experiments.v05 import Config
@@ -114,6 +115,26 @@ def rank_correlation(x: jax.Array, y: jax.Array) -> jax.Array:
     ranks = [((v[None] < v[:, None]).sum(1) + (v[None] <= v[:, None]).sum(1)) / 2.0 for v in (x, y)]
     x, y = (v - v.mean() for v in ranks)
     return (x * y).mean() / jnp.maximum(jnp.sqrt((x**2).mean() * (y**2).mean()), 1e-9)
+
+
+# --- Rewards against rollouts, of any study whose evaluations say what was spent ---
+
+
+def at_rollouts(results: Results, row: str, spent: np.ndarray) -> np.ndarray:
+    """Held-out reward when the row had drawn so many rollouts, `[seeds]`: linear between evaluations, never beyond."""
+    curves = zip(spent, results.held_out[row]["spent"], results.held_out[row]["reward"], strict=True)
+    return np.array([np.interp(x, xs, ys) if x <= xs[-1] else np.nan for x, xs, ys in curves])
+
+
+def gap_at_equal_rollouts(better: str, worse: str) -> Callable[[Results], np.ndarray]:
+    """When the one that draws less has drawn all of its rollouts."""
+
+    def measure(results):
+        ends = [results.held_out[row]["spent"][:, -1] for row in (better, worse)]
+        spent = np.minimum(*ends)
+        return at_rollouts(results, better, spent) - at_rollouts(results, worse, spent)
+
+    return measure
 
 
 # --- Part 1: estimators on prompts whose rate is known --------------------------------------------------------------

@@ -53,7 +53,16 @@ from rollax.experiments.harness.loop import Results, Train, final, gap
 from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.study import Build, Study, main
 from rollax.experiments.harness.supervised import fit
-from rollax.experiments.v05_baselines import SLOTS, Numbers, advantage_of, index, mean_of, variance
+from rollax.experiments.v05_baselines import (
+    SLOTS,
+    Numbers,
+    advantage_of,
+    at_rollouts,
+    gap_at_equal_rollouts,
+    index,
+    mean_of,
+    variance,
+)
 from rollax.experiments.v05_values import TOKEN_WIDTH, V0, World, fit_v0, fitted_head, shown
 
 WIDE = 4  # as many times the prompts
@@ -609,22 +618,6 @@ def sample_episodes(config: Config, task: Task, arms: Sequence[str], state_of: C
             )
             episodes.append(Episode(f"{arm}, prompt {row + 1}", [f"{question}\n=> {answer}"], float(reward)))
     return episodes
-
-
-def at_rollouts(results: Results, row: str, spent: np.ndarray) -> np.ndarray:
-    """Held-out reward when the row had drawn so many rollouts, `[seeds]`: linear between evaluations, never beyond."""
-    curves = zip(spent, results.held_out[row]["spent"], results.held_out[row]["reward"], strict=True)
-    return np.array([np.interp(x, xs, ys) if x <= xs[-1] else np.nan for x, xs, ys in curves])
-
-
-def gap_at_equal_rollouts(better: str, worse: str) -> Callable[[Results], np.ndarray]:
-    """When the one that draws less has drawn all of its rollouts."""
-
-    def measure(results):
-        spent = np.minimum(*(results.held_out[row]["spent"][:, -1] for row in (better, worse)))
-        return at_rollouts(results, better, spent) - at_rollouts(results, worse, spent)
-
-    return measure
 
 
 def rollouts_to(results: Results, row: str, level: np.ndarray) -> np.ndarray:
