@@ -101,12 +101,12 @@ class Config(Options):
     """Of the transformer."""
     heads: int = 4
     """Of the transformer."""
-    base_steps: int = 2000
+    base_steps: int = 1500
     """Supervised steps of the base model."""
-    base_batch: int = 128
+    base_batch: int = 64
     """Episodes of the demonstrator, and of the expert, in each."""
     base_lr: float = 3e-3
-    """Adam's learning rate at their beginning; a cosine to 0."""
+    """Adam's learning rate; a short rise, then a cosine to 0."""
     base_seed: int = 0
     """Of the base model, one for all rows and seeds."""
 

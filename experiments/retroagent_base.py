@@ -160,15 +160,22 @@ def reflection_loss(said: Reflection, won: jax.Array, progress: jax.Array, lesso
 
 def pretrain(key: jax.Array, config: "Config") -> dict:
     """Imitation of the demonstrator and reflection on its episodes and on the expert's, in worlds drawn anew."""
-    env = BENCHES[config.bench].make(config.num_first, config.num_second)
+    bench, level = BENCHES[config.bench], (config.num_first, config.num_second)
+    env = bench.make(*level)
     model = small_model(config, env)
 
     def episodes(key):
-        lesson_key, episode_key = jax.random.split(key)
-        shown = draw_lesson(lesson_key, config.num_first, config.num_second)
-        told = functools.partial(scripted_episode, episode_key, env, lesson=shown)
-        # Half of the expert's: a demonstrator that knows no fact hardly ever wins, and one must know what winning is.
-        return told(env.demonstrate), told(env.expert)
+        keys = jax.random.split(key, 5)
+        world = bench.draw(keys[0], *level)
+        task = jax.random.randint(keys[1], (), 0, world.name.size)
+        name = world.name[task]
+        truth = jnp.stack([IS_FIRST + world.facts.first[name], IS_SECOND + world.facts.second[name]])
+        # Who knows no fact hardly ever comes far: half of the demonstrators are told it, and show later turns.
+        told_truth = jax.random.bernoulli(keys[2])
+        shown = jnp.where(told_truth, truth, draw_lesson(keys[3], *level))
+        own = bench.make(world=world)
+        told = functools.partial(scripted_episode, keys[4], own, task_id=task, lesson=shown)
+        return told(own.demonstrate), told(own.expert)
 
     def loss(params, key):
         seen = jax.vmap(episodes)(jax.random.split(key, config.base_batch))
@@ -187,7 +194,9 @@ def pretrain(key: jax.Array, config: "Config") -> dict:
     policy_key, heads_key, key = jax.random.split(key, 3)
     lessons = NUM_LESSONS
     params = {"policy": model.init(policy_key), "heads": heads_init(heads_key, config.width, lessons)}
-    schedule = optax.cosine_decay_schedule(config.base_lr, config.base_steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.base_lr, min(100, config.base_steps // 2), config.base_steps
+    )
     return fit(key, params, loss, steps=config.base_steps, optimizer=optax.adam(schedule))
 
 
