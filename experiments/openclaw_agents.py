@@ -168,7 +168,7 @@ def agents_train(config: "Config", base=None) -> Train:
         played = play_tasks(play_key, model, state.params, env, task, no_lesson(tasks * group))
         made = played.info["active"]
         by_task = lambda x: x.reshape(tasks, group, *x.shape[1:])  # noqa: E731
-        won = at_the_end(played, played.info["won"], made)
+        won = at_the_end(played.info["won"], made)
         votes = judge_steps(judge_key, by_task(played.info["progress"]), n.flip)
         advantage, kept = step_advantages(by_task(won), votes, by_task(made), n)
         of_tokens = functools.partial(jnp.take_along_axis, indices=played.turn, axis=1)
@@ -210,8 +210,8 @@ def agents_train(config: "Config", base=None) -> Train:
         played = play_tasks(key, model, state.params, env, task, no_lesson(config.eval_prompts))
         made = played.info["active"]
         return {
-            "success": at_the_end(played, played.info["won"], made).mean(dtype=jnp.float32),
-            "subtasks": at_the_end(played, played.info["progress"], made).sum(axis=1).mean(dtype=jnp.float32),
+            "success": at_the_end(played.info["won"], made).mean(dtype=jnp.float32),
+            "subtasks": at_the_end(played.info["progress"], made).sum(axis=1).mean(dtype=jnp.float32),
         }
 
     return Train(init, advance, evaluate)

@@ -28,7 +28,6 @@ from rollax.agents import (
     add_to_table,
     init_table,
     lesson_slots,
-    score,
     table_retrieve,
     update_utility,
 )
@@ -49,8 +48,9 @@ from rollax.experiments.retroagent_base import (
     hallucinate,
     lesson_number,
     numbered_lesson,
+    pack,
     play_tasks,
-    reflect,
+    read,
     small_model,
 )
 
@@ -257,9 +257,8 @@ def make_train(config: Config, base: dict) -> Train:
     def init(key):
         return State(base, optimiser.init(base), empty_memory(), jnp.zeros(TASKS), key, jnp.int32(0))
 
-    def looked_back(key, params, trajectory, won, progress, lesson, n) -> Reflected:
+    def looked_back(key, said, won, progress, lesson, n) -> Reflected:
         """In context: told the outcome, it counts rightly and invents some lessons. Trained: what its heads say."""
-        said = reflect(model, params, trajectory)
         outcome_key, subtask_key, *lesson_keys, invent_key = jax.random.split(key, 5)
         outcome = jax.random.bernoulli(outcome_key, jax.nn.sigmoid(said.outcome))
         subtasks = jax.random.bernoulli(subtask_key, jax.nn.sigmoid(said.subtasks)).sum(axis=1)
@@ -287,22 +286,16 @@ def make_train(config: Config, base: dict) -> Train:
         gigpo = objectives.gigpo_advantage(whole, row, groups, anchor, norm="mean_std")
         return jnp.where(active.ravel(), jnp.where(n.gigpo, gigpo, plain), 0.0).reshape(rows, turns)
 
-    def loss(params, trajectory, advantage, reflection, n):
-        """Of the decisions, and of the prediction of the outcome."""
-        log_prob, entropy = score(model, params["policy"], trajectory, env_of_shapes)
-        reference, _ = score(model, base["policy"], trajectory, env_of_shapes)
-        wide = jnp.zeros((rows, turns, columns)).at[..., spec.max_observation :].set(advantage[..., None])
-        decided, told = objectives.dual_clip_loss(
-            log_prob, trajectory.log_prob, wide.reshape(rows, -1), trajectory.mask, ref_logp=reference, kl=n.kl
+    def loss(told, reference, sampled, advantage, active, reflection, n):
+        """Of the decisions, and of the prediction of the outcome, from what the model reads."""
+        decided, metrics = objectives.dual_clip_loss(
+            told.log_prob, sampled, advantage, active, ref_logp=reference, kl=n.kl
         )
-        decided -= 0.001 * objectives.masked_mean(entropy, trajectory.mask)
+        entropy = objectives.masked_mean(told.entropy, active)
         outcome, credit = reflection
-        odds = reflect(model, params, trajectory).outcome
-        log_c = -optax.sigmoid_binary_cross_entropy(odds, outcome.astype(jnp.float32))
+        log_c = -optax.sigmoid_binary_cross_entropy(told.reflection.outcome, outcome.astype(jnp.float32))
         looked = -(jax.lax.stop_gradient(credit) * log_c).mean()
-        return decided + n.weight * looked, told | {"entropy": objectives.masked_mean(entropy, trajectory.mask)}
-
-    env_of_shapes = bench.make(*level)  # `score` reads its spec alone
+        return decided - 0.001 * entropy + n.weight * looked, metrics | {"entropy": entropy}
 
     def update(state, world, near, n):
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
@@ -321,12 +314,13 @@ def make_train(config: Config, base: dict) -> Train:
         env = bench.make(world=world)
         trajectory = play_tasks(keys[1], model, state.params["policy"], env, tasks, shown)
         active = trajectory.info["active"]
-        won, progress, lesson = (
-            at_the_end(trajectory, trajectory.info[x], active) for x in ("won", "progress", "lesson")
-        )
+        won, progress, lesson = (at_the_end(trajectory.info[x], active) for x in ("won", "progress", "lesson"))
 
         memory = update_utility(memory, jnp.repeat(index, config.group), won.astype(jnp.float32), helped)
-        back = looked_back(keys[2], state.params, trajectory, won, progress, lesson, n)
+        # One pass of the model over its episodes serves looking back and, through its pullback, learning.
+        episodes = pack(trajectory, spec, bench.answer)
+        told, pullback = jax.vjp(lambda params: read(model, params, episodes), state.params)
+        back = looked_back(keys[2], told.reflection, won, progress, lesson, n)
         potential = objectives.subtask_potential(back.subtasks, SUBTASKS, won)
         potential = jnp.where(n.progress, won.astype(jnp.float32), potential)
         intrinsic = objectives.capability_reward(potential, state.baseline[tasks])
@@ -344,7 +338,12 @@ def make_train(config: Config, base: dict) -> Train:
             ]
         )[n.rule]
         credit = objectives.reflection_advantage(paid[:, None], jnp.ones((rows, 1), bool))[:, 0]
-        grads, told = jax.grad(loss, has_aux=True)(state.params, trajectory, advantage, (back.outcome, credit), n)
+        reference = read(model, {"policy": base["policy"]}, episodes).log_prob
+        sampled = trajectory.log_prob.reshape(rows, turns, columns)[..., -1]
+        pull, metrics = jax.grad(loss, has_aux=True)(
+            told, reference, sampled, advantage, active, (back.outcome, credit), n
+        )
+        (grads,) = pullback(pull)
         change, opt = optimiser.update(grads, state.opt)
         params = optax.apply_updates(state.params, jax.tree.map(lambda x: -n.lr * x, change))
         plain = ~helped
@@ -356,8 +355,8 @@ def make_train(config: Config, base: dict) -> Train:
             "reflections right": right.mean(dtype=jnp.float32),
             "lessons": memory.used.sum().astype(jnp.float32),
             "gradient norm": optax.global_norm(grads),
-            "entropy": told["entropy"],
-            "divergence": told["kl"],
+            "entropy": metrics["entropy"],
+            "divergence": metrics["kl"],
             "env_steps": active.sum(),
         }
         return State(params, opt, memory, baseline, state.key, state.step + 1), metrics
@@ -375,7 +374,7 @@ def make_train(config: Config, base: dict) -> Train:
         def success(world, lesson):
             played = play_tasks(key, model, state.params["policy"], bench.make(world=world), task, lesson)
             active = played.info["active"]
-            return at_the_end(played, played.info["won"], active), played
+            return at_the_end(played.info["won"], active), played
 
         nothing = jnp.full((task.size, 2), NO_LESSON)
         index, found = table_retrieve(near, state.memory, 1, alpha=n.alpha, kappa=0.0)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from rollax import envs, objectives
-from rollax.agents import LanguageModel, Sampling, Trajectory, TransformerConfig, language_policy, score, transformer
+from rollax.agents import LanguageModel, Sampling, Trajectory, TransformerConfig, language_policy, transformer
 from rollax.agents.generation import padded_positions
+from rollax.agents.language_model import log_prob_and_entropy
 from rollax.agents.rollout import Start, as_trajectory, play_rows
 from rollax.envs import Environment
 from rollax.envs.hidden_clusters import (
@@ -42,15 +43,17 @@ class Bench(NamedTuple):
     Attributes:
       make: `make(num_first, num_second, world=None) -> Environment`.
       draw: `draw(key, num_first, num_second) -> world`, with `facts`, and the `name` of each of 256 tasks.
+      answer: tokens of the longest observation after the first.
     """
 
     make: Callable[..., Environment]
     draw: Callable[..., Any]
+    answer: int
 
 
 BENCHES = {
-    "household": Bench(envs.household, envs.household_world),
-    "shop": Bench(envs.shop, envs.shop_world),
+    "household": Bench(envs.household, envs.household_world, answer=1),
+    "shop": Bench(envs.shop, envs.shop_world, answer=13),
 }
 
 
@@ -106,13 +109,27 @@ def play_tasks(
     return as_trajectory(played, env.spec)._replace(info=played.info | {"active": played.mask})
 
 
-def at_the_end(trajectory: Trajectory, value: jax.Array, active: jax.Array) -> jax.Array:
+def at_the_end(value: jax.Array, active: jax.Array) -> jax.Array:
     """Of `[N, K, ...]`, the entry of each episode's last turn, `[N, ...]`."""
     last = jnp.maximum(active.sum(axis=1) - 1, 0)
     return jax.vmap(lambda x, i: x[i])(value, last)
 
 
-# --- Reflection -----------------------------------------------------------------------------------------------------
+# --- Reading finished episodes -------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Episodes without the padding between their tokens, and without what came of the last action.
+
+    Attributes:
+      tokens: int32 `[N, C]`.
+      positions: int32 `[N, C]`, -1 behind the last action.
+      action: int32 `[N, K]`, the column of each turn's action; behind an end -1.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    action: jax.Array
 
 
 class Reflection(NamedTuple):
@@ -124,6 +141,50 @@ class Reflection(NamedTuple):
     second: jax.Array
 
 
+class Read(NamedTuple):
+    """Log-prob and entropy (nats) of every action, `[N, K]`, without meaning behind an end; and the reflection."""
+
+    log_prob: jax.Array
+    entropy: jax.Array
+    reflection: Reflection
+
+
+def pack(trajectory: Trajectory, spec, answer: int) -> Packed:
+    """Half the columns of a trajectory of one-token actions are padding; a model that reads it need not.
+
+    Args:
+      answer: tokens of the longest observation after the first.
+    """
+    rows, turns = trajectory.tokens.shape[0], spec.max_turns
+    columns = spec.max_observation + turns + (turns - 1) * answer
+    # A real token's position is its number among the real ones.
+    place = jnp.where(trajectory.positions >= 0, trajectory.positions, columns)
+    move = lambda ids, at: jnp.zeros(columns, jnp.int32).at[at].set(ids, mode="drop")  # noqa: E731
+    action = jnp.where(trajectory.mask, trajectory.positions, -1).reshape(rows, turns, -1)[..., -1]
+    positions = padded_positions(action.max(axis=1) + 1, columns)
+    return Packed(jax.vmap(move)(trajectory.tokens, place), positions, action)
+
+
+def read(model: LanguageModel, params: dict, episodes: Packed) -> Read:
+    """What the model says of its episodes, in one pass.
+
+    Each is read up to its last action: what came of that is not shown, so that the outcome must be judged.
+
+    Args:
+      params: `{"policy": ..., "heads": ...}`; without heads, no reflection.
+    """
+    hidden, _ = model.hidden(params["policy"], episodes.tokens, episodes.positions)
+    of_columns = lambda x, columns: jnp.take_along_axis(x, columns[..., None], axis=1)  # noqa: E731
+    action = jnp.maximum(episodes.action, 1)
+    chosen = jnp.take_along_axis(episodes.tokens, action, axis=1)
+    log_prob, entropy = log_prob_and_entropy(model, params["policy"], of_columns(hidden, action - 1), chosen)
+    if "heads" not in params:
+        return Read(log_prob, entropy, ())
+    last = of_columns(hidden, action.max(axis=1, keepdims=True))[:, 0]
+    said = {name: last @ head["kernel"] + head["bias"] for name, head in params["heads"].items()}
+    return Read(log_prob, entropy, Reflection(said["outcome"][:, 0], said["subtasks"], said["first"], said["second"]))
+
+
 def heads_init(key: jax.Array, width: int, lessons: int) -> dict:
     """Linear heads of a reflection."""
     sizes = {"outcome": 1, "subtasks": SUBTASKS, "first": lessons, "second": lessons}
@@ -132,19 +193,6 @@ def heads_init(key: jax.Array, width: int, lessons: int) -> dict:
         name: {"kernel": 0.02 * jax.random.normal(k, (width, size)), "bias": jnp.zeros(size)}
         for k, (name, size) in zip(keys, sizes.items(), strict=True)
     }
-
-
-def reflect(model: LanguageModel, params: dict, trajectory: Trajectory) -> Reflection:
-    """Reads a finished episode up to its last action: what came of that is not shown, so that it must be judged.
-
-    Args:
-      params: `{"policy": ..., "heads": ...}`.
-    """
-    hidden, _ = model.hidden(params["policy"], trajectory.tokens, trajectory.positions)
-    last = jnp.max(jnp.where(trajectory.mask, jnp.arange(trajectory.mask.shape[1]), 0), axis=1)
-    state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    said = {name: state @ head["kernel"] + head["bias"] for name, head in params["heads"].items()}
-    return Reflection(said["outcome"][:, 0], said["subtasks"], said["first"], said["second"])
 
 
 def reflection_loss(said: Reflection, won: jax.Array, progress: jax.Array, lesson: jax.Array) -> jax.Array:
@@ -181,14 +229,12 @@ def pretrain(key: jax.Array, config: "Config") -> dict:
         seen = jax.vmap(episodes)(jax.random.split(key, config.base_batch))
         total = 0.0
         for episode, imitate in zip(seen, (True, False), strict=True):
-            trajectory = with_positions(episode, env.spec)
+            told = read(model, params, pack(with_positions(episode, env.spec), env.spec, bench.answer))
             if imitate:
-                log_prob, _ = score(model, params["policy"], trajectory, env)
-                total += objectives.aggregate(-log_prob, trajectory.mask, "token_mean")
-            end = functools.partial(at_the_end, trajectory, active=episode.mask)
-            info = episode.step.info
-            said = reflect(model, params, trajectory)
-            total += 0.3 * reflection_loss(said, end(info["won"]), end(info["progress"]), end(info["lesson"])).mean()
+                total += objectives.aggregate(-told.log_prob, episode.mask, "token_mean")
+            end = functools.partial(at_the_end, active=episode.mask)
+            truth = (end(episode.step.info[name]) for name in ("won", "progress", "lesson"))
+            total += 0.3 * reflection_loss(told.reflection, *truth).mean()
         return total
 
     policy_key, heads_key, key = jax.random.split(key, 3)
@@ -223,7 +269,7 @@ def calibration(key: jax.Array, params: dict, config: "Config", episodes: int = 
     told = {}
     for label, lesson in {"none": jnp.full_like(right, NO_LESSON), "right": right, "wrong": wrong}.items():
         played = play_tasks(play_key, small_model(config, env), params["policy"], env, task, lesson)
-        told[label] = at_the_end(played, played.info["won"], played.info["active"]).mean(dtype=jnp.float32)
+        told[label] = at_the_end(played.info["won"], played.info["active"]).mean(dtype=jnp.float32)
     return told
 
 

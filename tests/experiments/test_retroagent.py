@@ -76,6 +76,34 @@ def test_scripted_episodes_are_scored_like_any_others():
         np.testing.assert_allclose(np.asarray(log_prob[row])[np.asarray(trajectory.mask[row])], plain[own], atol=1e-5)
 
 
+@pytest.mark.parametrize("bench", ["household", "shop"])
+def test_episodes_read_without_their_padding_have_the_log_probs_that_they_were_sampled_with(bench):
+    make, _, answer = retroagent_base.BENCHES[bench]
+    env = make(*LEVEL)
+    model = retroagent_base.small_model(SMALL, env)
+    params = {"policy": model.init(jax.random.key(0))}
+
+    def told(params, key):
+        started = jax.vmap(lambda k: scripted_episode(k, env, env.demonstrate))(jax.random.split(key, 16))
+        trajectory = retroagent_base.with_positions(started, env.spec)
+        episodes = retroagent_base.pack(trajectory, env.spec, answer)
+        return trajectory, episodes, retroagent_base.read(model, params, episodes)
+
+    trajectory, episodes, said = jax.jit(told)(params, jax.random.key(1))
+    per_turn = lambda x: x.reshape(16, env.spec.max_turns, -1)[..., -1]  # noqa: E731
+    active = per_turn(trajectory.mask)
+    assert active[:, 0].all() and (bench == "shop" or not active.all())
+    for want, got in zip(
+        jax.jit(functools.partial(score, model, env=env))(params["policy"], trajectory=trajectory), said, strict=False
+    ):
+        np.testing.assert_allclose(np.asarray(got)[active], np.asarray(per_turn(want))[active], atol=1e-5)
+    for row in range(16):
+        ids = np.asarray(trajectory.tokens[row])[np.asarray(trajectory.positions[row]) >= 0]
+        end = int(episodes.action[row].max()) + 1
+        np.testing.assert_array_equal(episodes.tokens[row, :end], ids[:end])
+        assert (episodes.positions[row, end:] == -1).all()
+
+
 def test_arms_of_one_program_do_what_they_say(base):
     """All of them start alike; the plain arm shows no lesson, a full group shows one as soon as there are any."""
     tossing = jax.tree.map(jnp.zeros_like, base["heads"]["outcome"])  # else it may be right everywhere, and not learn
