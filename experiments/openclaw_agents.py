@@ -1,7 +1,7 @@
 """Long episodes with a reward for each step, for the study openclaw_rl: outcome, judged steps, or both.
 
 The general track of OpenClaw-RL (arXiv 2603.10165): a judge reads every action with its next state and votes; rewards
-are compared among episodes of a task at the same step index. The worlds are those of household and shop.
+are compared among episodes of a task at the same step index. The worlds are those of RetroAgent, boards included.
 """
 
 import functools
@@ -12,20 +12,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rollax import objectives
-from rollax.agents import LanguageModel, Trajectory, score
+from rollax import envs, objectives
+from rollax.agents import LanguageModel, Trajectory
 from rollax.envs import Environment, scripted_episode
 from rollax.envs.hidden_clusters import NO_LESSON
 from rollax.experiments.harness.loop import Train
 from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.supervised import cached, fit
 from rollax.experiments.openclaw_chat import CLIP, VOTES
-from rollax.experiments.retroagent_base import BENCHES, at_the_end, play_tasks, small_model, with_positions
+from rollax.experiments.retroagent_base import (
+    BENCHES,
+    Packed,
+    at_the_end,
+    pack,
+    play_tasks,
+    read,
+    small_model,
+    with_positions,
+)
 
 if TYPE_CHECKING:
     from rollax.experiments.openclaw_rl import Config
 
 BASELINES = ("episodes", "step", "task")
+# A turn shows the whole board, so boards are small.
+BOARDS = {
+    "sokoban": lambda horizon: envs.sokoban(5, 6, 1, max_pushes=3, max_solution=horizon - 2, horizon=horizon),
+    "minesweeper": lambda horizon: envs.minesweeper(4, 4, 3, horizon=horizon),
+}
+BOARD_ACTIONS = ("open-", "up", "right", "down", "left")
+SLIP = 0.6  # how often the demonstrator of a board moves at random
 
 
 class StepNumbers(NamedTuple):
@@ -57,19 +73,42 @@ class AgentState(NamedTuple):
     step: jax.Array
 
 
-def environment(config: "Config", world=None) -> Environment:
-    """The bench with the study's horizon; without a world, each episode has one of its own."""
-    return BENCHES[config.bench].make(config.num_first, config.num_second, world=world, horizon=config.horizon)
+def environment(config: "Config", key: jax.Array | None = None) -> Environment:
+    """The bench with the study's horizon; `reset(key, task, lesson)`.
+
+    Args:
+      key: of a fixed world and its numbered tasks; without it, each episode has a world of its own.
+    """
+    if config.bench in BOARDS:
+        return board_tasks(BOARDS[config.bench](config.horizon), key)
+    bench, level = BENCHES[config.bench], (config.num_first, config.num_second)
+    world = None if key is None else bench.draw(jax.random.fold_in(key, 2**20), *level)
+    return bench.make(*level, world=world, horizon=config.horizon)
 
 
-def own_environment(config: "Config", key: jax.Array) -> Environment:
-    """In the fixed world of a seed."""
-    draw = BENCHES[config.bench].draw
-    return environment(config, draw(jax.random.fold_in(key, 2**20), config.num_first, config.num_second))
+def board_tasks(env: Environment, key: jax.Array | None) -> Environment:
+    """Boards with numbers for tasks and no room for lessons, and a demonstrator who often moves at random."""
+    actions = np.flatnonzero([word.startswith(BOARD_ACTIONS) for word in env.spec.vocab])
+
+    def reset(own_key, task=None, lesson=None):
+        del lesson
+        return env.reset(own_key if task is None else jax.random.fold_in(key, task))
+
+    def demonstrate(key, state):
+        slip_key, action_key, expert_key = jax.random.split(key, 3)
+        slip = jax.random.choice(action_key, jnp.asarray(actions, jnp.int32), (1,))
+        return jnp.where(jax.random.bernoulli(slip_key, SLIP), slip, env.expert(expert_key, state)).astype(jnp.int32)
+
+    return env._replace(reset=reset, demonstrate=demonstrate)
 
 
 def agent_model(config: "Config") -> LanguageModel:
     return small_model(config, environment(config))
+
+
+def packed(config: "Config", trajectory: Trajectory) -> Packed:
+    spec = environment(config).spec
+    return pack(trajectory, spec, BENCHES[config.bench].answer if config.bench in BENCHES else spec.max_observation)
 
 
 def agent_base(config: "Config"):
@@ -78,8 +117,9 @@ def agent_base(config: "Config"):
 
     def loss(params, key):
         told = functools.partial(scripted_episode, environment=env, act=env.demonstrate)
-        seen = with_positions(jax.vmap(told)(jax.random.split(key, config.base_batch)), env.spec)
-        return objectives.aggregate(-score(model, params, seen, env)[0], seen.mask, "token_mean")
+        seen = jax.vmap(told)(jax.random.split(key, config.base_batch))
+        said = read(model, {"policy": params}, packed(config, with_positions(seen, env.spec)))
+        return objectives.aggregate(-said.log_prob, seen.mask, "token_mean")
 
     def make():
         init_key, key = jax.random.split(jax.random.key(config.base_seed))
@@ -94,16 +134,17 @@ def agent_base(config: "Config"):
 # --- Rewards --------------------------------------------------------------------------------------------------------
 
 
-def judge_steps(key: jax.Array, progress: jax.Array, flip) -> jax.Array:
-    """Votes on every step, int8 `[..., T, m]`: +1 where a subtask was done that was not done before, else -1.
+def judge_steps(key: jax.Array, progress: jax.Array, reward: jax.Array, flip) -> jax.Array:
+    """Votes on every step, int8 `[..., T, m]`: +1 where more subtasks were done than before or it was paid, else -1.
 
     Args:
       progress: bool `[..., T, subtasks]`, after each step.
+      reward: the environment's, `[..., T]`; on boards a useful move has one.
       flip: probability that a vote has the wrong sign; may be traced.
     """
     done = progress.sum(axis=-1)
     before = jnp.concatenate([jnp.zeros_like(done[..., :1]), done[..., :-1]], axis=-1)
-    sign = jnp.where(done > before, 1, -1)[..., None]
+    sign = jnp.where((done > before) | (reward > 0), 1, -1)[..., None]
     return jnp.where(jax.random.bernoulli(key, flip, (*done.shape, VOTES)), -sign, sign).astype(jnp.int8)
 
 
@@ -163,24 +204,25 @@ def agents_train(config: "Config", base=None) -> Train:
 
     def update(state, n):
         task_key, play_key, judge_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        env = own_environment(config, state.key)
+        env = environment(config, state.key)
         task = jnp.repeat(jax.random.choice(task_key, config.pool, (tasks,), replace=False), group)
         played = play_tasks(play_key, model, state.params, env, task, no_lesson(tasks * group))
         made = played.info["active"]
         by_task = lambda x: x.reshape(tasks, group, *x.shape[1:])  # noqa: E731
         won = at_the_end(played.info["won"], made)
-        votes = judge_steps(judge_key, by_task(played.info["progress"]), n.flip)
+        votes = judge_steps(judge_key, by_task(played.info["progress"]), by_task(played.reward), n.flip)
         advantage, kept = step_advantages(by_task(won), votes, by_task(made), n)
-        of_tokens = functools.partial(jnp.take_along_axis, indices=played.turn, axis=1)
-        mask = played.mask & of_tokens(kept.reshape(-1, turns))
-        token_advantage = of_tokens(advantage.reshape(-1, turns))
-        reference = score(model, base, played, env)[0]
+        of_turns = lambda x: x.reshape(tasks * group, turns)  # noqa: E731
+        mask = made & of_turns(kept)
+        sampled = played.full_log_prob.reshape(tasks * group, turns, -1)[..., -1]
+        episodes = packed(config, played)
+        reference = read(model, {"policy": base}, episodes).log_prob
 
         def loss(params):
-            log_prob, entropy = score(model, params, played, env)
-            losses = objectives.asymmetric_ppo(log_prob, played.full_log_prob, token_advantage, mask, CLIP)
-            losses += n.kl * objectives.kl_estimate(log_prob, reference, "k3")
-            return objectives.aggregate(losses, mask, "token_mean"), objectives.masked_mean(entropy, played.mask)
+            said = read(model, {"policy": params}, episodes)
+            losses = objectives.asymmetric_ppo(said.log_prob, sampled, of_turns(advantage), mask, CLIP)
+            losses += n.kl * objectives.kl_estimate(said.log_prob, reference, "k3")
+            return objectives.aggregate(losses, mask, "token_mean"), objectives.masked_mean(said.entropy, made)
 
         def step(carry, _):
             params, opt = carry
@@ -206,7 +248,7 @@ def agents_train(config: "Config", base=None) -> Train:
         del n
         key = jax.random.fold_in(state.key, 2**21)  # all tasks of the pool, the same draws at every evaluation
         task = jnp.arange(config.eval_prompts) % config.pool
-        env = own_environment(config, state.key)
+        env = environment(config, state.key)
         played = play_tasks(key, model, state.params, env, task, no_lesson(config.eval_prompts))
         made = played.info["active"]
         return {
@@ -219,14 +261,18 @@ def agents_train(config: "Config", base=None) -> Train:
 
 def watch_tasks(config: "Config", state: AgentState, title: str, count: int = 2) -> list[Episode]:
     """Whole episodes of a trained agent in its own world, in words."""
-    env = own_environment(config, state.key)
+    env = environment(config, state.key)
     key, task = jax.random.key(config.seed), jnp.arange(count)
     play = jax.jit(lambda params: play_tasks(key, agent_model(config), params, env, task, no_lesson(count)))
     played: Trajectory = jax.device_get(play(state.params))
     step, episodes = jax.jit(env.step), []
     for row in range(count):
         world_state, _ = env.reset(key, task[row])
+        frames = [env.render(world_state)]
         for action in played.tokens[row][played.mask[row]]:  # one token a turn; the worlds draw nothing
             world_state, _ = step(key, world_state, jnp.asarray(action)[None])
-        episodes.append(Episode(f"{title}, task {row}", [env.render(world_state)], float(played.reward[row].sum())))
+            frames.append(env.render(world_state))
+        if config.bench in BENCHES:  # the last one tells all that happened
+            frames = frames[-1:]
+        episodes.append(Episode(f"{title}, task {row}", frames, float(played.reward[row].sum())))
     return episodes

@@ -2,9 +2,9 @@
 
 What a user says after a reply is a reward (a judge votes) and sometimes a hint (what should have been done). "Binary"
 RL learns from the one, on-policy distillation (OPD) from the other, and the paper, which has two versions of its
-method, says that both together are better than either. Four parts: `chat`, three users whose wishes show only in how
-they take a reply, all methods in one program; `talk`, a user who changes their mind; `asynchronous`, serving, judging
-and training side by side; `agents`, long episodes with and without a reward for each step.
+method, says that both together are better than either. Parts: `chat`, three users whose wishes show only in how they
+take a reply, all methods in one program; `talk`, a user who changes their mind; `asynchronous`, serving, judging and
+training side by side; `agents`, `minesweeper`, `sokoban`, long episodes with and without a reward for each step.
 
     python experiments/openclaw_rl.py                                  # all parts, all claims
     python experiments/openclaw_rl.py --part chat --arms binary "hybrid v2" --seeds 4
@@ -27,7 +27,7 @@ from rollax.experiments.harness.command_line import Options, one_line_errors, pa
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, final, gap
 from rollax.experiments.harness.study import Build, Study, main
-from rollax.experiments.openclaw_agents import AGENTS, agents_train, watch_tasks
+from rollax.experiments.openclaw_agents import AGENTS, BOARDS, agents_train, watch_tasks
 from rollax.experiments.openclaw_base import base_model, calibrate
 from rollax.experiments.openclaw_chat import (
     KS,
@@ -42,7 +42,8 @@ from rollax.experiments.openclaw_chat import (
 from rollax.experiments.retroagent_base import BENCHES, SUBTASKS
 from rollax.objectives.opd import SELECTIONS
 
-PARTS = ("chat", "talk", "asynchronous", "agents")
+AGENT_PARTS = ("agents", "minesweeper", "sokoban")
+PARTS = ("chat", "talk", "asynchronous", *AGENT_PARTS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Config(Options):
     """The study. `PRESETS` replaces some of these defaults for each part."""
 
     part: str = "all"
-    """chat, talk, asynchronous, agents, or all."""
+    """chat, talk, asynchronous, agents, minesweeper, sokoban, or all."""
     arms: tuple[str, ...] = ()
     """Rows of the part; all when empty."""
     seeds: int = 10
@@ -96,7 +97,7 @@ class Config(Options):
     base_seed: int = 0
     """Of the base model, which all seeds share."""
     bench: str = "household"
-    """agents: household or shop."""
+    """agents: household, shop, or a board: minesweeper, sokoban."""
     horizon: int = 8
     """agents: turns of an episode."""
     pool: int = 32
@@ -138,8 +139,8 @@ class Config(Options):
         for arm in self.arms:
             if arm not in known:
                 raise ValueError(f"arms: expected some of {', '.join(known)} in part {self.part}, got {arm!r}")
-        if self.bench not in BENCHES:
-            raise ValueError(f"bench: expected {' or '.join(BENCHES)}, got {self.bench!r}")
+        if self.bench not in (*BENCHES, *BOARDS):
+            raise ValueError(f"bench: expected one of {', '.join((*BENCHES, *BOARDS))}, got {self.bench!r}")
         if self.horizon < SUBTASKS:
             raise ValueError(f"horizon: expected at least {SUBTASKS}, got {self.horizon}")
         if not self.tasks <= self.pool <= 256:
@@ -156,11 +157,13 @@ class Config(Options):
             raise ValueError(f"chunk: expected a divisor of updates={self.updates}, got {self.chunk}")
 
 
+BOARD = dict(seeds=5, updates=40, chunk=20, eval_prompts=128, base_batch=32, base_steps=500, width=32)
 PRESETS: dict[str, dict[str, Any]] = {
     "chat": {},
     "talk": dict(updates=64),
     "asynchronous": dict(updates=96, chunk=96),
     "agents": dict(updates=100, chunk=20, eval_prompts=256, base_batch=64, base_steps=500),
+    **{board: BOARD | dict(bench=board) for board in ("minesweeper", "sokoban")},
 }
 
 # --- Arms -----------------------------------------------------------------------------------------------------------
@@ -222,6 +225,7 @@ def push_of(arm: str) -> str:
 
 
 ARMS: dict[str, dict[str, Any]] = {"chat": CHAT, "talk": TALK, "asynchronous": ASYNCHRONOUS, "agents": AGENTS}
+ARMS |= {board: {row: n for row, n in AGENTS.items() if n.flip < 0.25} for board in BOARDS}
 
 
 # --- The study ------------------------------------------------------------------------------------------------------
@@ -229,10 +233,10 @@ ARMS: dict[str, dict[str, Any]] = {"chat": CHAT, "talk": TALK, "asynchronous": A
 
 def build(config: Config) -> Build:
     arms = config.arms or tuple(ARMS[config.part])
-    shared = dict(lr=config.lr) | (dict(kl=config.kl) if config.part == "agents" else {})
+    shared = dict(lr=config.lr) | (dict(kl=config.kl) if config.part in AGENT_PARTS else {})
     rows = {arm: ARMS[config.part][arm]._replace(**shared) for arm in arms}
     shown = [arm for arm in SHOWN if arm in arms] or [arms[0]]
-    if config.part == "agents":
+    if config.part in AGENT_PARTS:
 
         def watch(state_of):
             return [e for arm in shown for e in watch_tasks(config, state_of(arm), arm)]
