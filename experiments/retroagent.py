@@ -162,6 +162,7 @@ class Numbers(NamedTuple):
     weight: float = 0.0  # lambda, of its loss
     rule: int = 0  # of its reward: consistency, eq3, r_int
     poison: int = 0  # the memory begins with a wrong lesson for every task
+    merges: int = 0  # a lesson told again counts as a use, and pulls its utility to the start, as in the released code
     lr: float = 2e-3
     gamma: float = 0.95
     kl: float = 0.01
@@ -188,6 +189,7 @@ ARMS = {
     "kappa .1, half": Numbers(**UCB | dict(kappa=0.1)),
     "kappa .3, half": Numbers(**UCB | dict(kappa=0.3)),
     "ucb, half": Numbers(**UCB),
+    "ucb, half, merges count": Numbers(**UCB, merges=1),
     "ucb, full": Numbers(**UCB | dict(share=1.0)),
     "dual, half": Numbers(**CAP, **UCB),
     "dual, full": Numbers(**CAP, **UCB | dict(share=1.0)),
@@ -246,11 +248,12 @@ def make_train(config: Config, base: dict) -> Train:
     def empty_memory():
         return init_table(TASKS, lessons)
 
-    def poisoned(memory, world):
-        """A wrong lesson for every task."""
-        facts, names = world.facts, world.name
-        first = 1 + (facts.first[names] + 1) % level[0]
-        wrong = first * (1 + 2 * level[1]) + 1 + (facts.second[names] + 1) % level[1]
+    def poisoned(key, memory, world):
+        """A wrong lesson for every task, wrong at random: what is wrong by one everywhere can be read like truth."""
+        names = world.name
+        off = [jax.random.randint(k, (TASKS,), 1, most) for k, most in zip(jax.random.split(key), level, strict=True)]
+        first = 1 + (world.facts.first[names] + off[0]) % level[0]
+        wrong = first * (1 + 2 * level[1]) + 1 + (world.facts.second[names] + off[1]) % level[1]
         everywhere = jnp.ones(TASKS, bool)
         return add_to_table(memory, jnp.arange(TASKS), wrong, everywhere, everywhere)
 
@@ -301,7 +304,7 @@ def make_train(config: Config, base: dict) -> Train:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         memory = jax.tree.map(
             lambda bad, own: jnp.where(n.poison * (state.step == 0), bad, own),
-            poisoned(state.memory, world),
+            poisoned(jax.random.fold_in(state.key, 2**23), state.memory, world),
             state.memory,
         )
         task = jax.random.choice(keys[0], TASKS, (config.tasks,), replace=False)
@@ -328,7 +331,10 @@ def make_train(config: Config, base: dict) -> Train:
         baseline = objectives.update_baseline(state.baseline, task, success)
         right = back.outcome == won
         worth = (back.lesson != NO_LESSON).any(axis=1) & right
-        memory = add_to_table(memory, tasks, lesson_number(back.lesson, *level), won, worth)
+        number = lesson_number(back.lesson, *level)
+        place = tasks * lessons + number
+        told_before = memory.used.ravel()[place] | jnp.tril((place[:, None] == place) & worth, -1).any(axis=1)
+        memory = add_to_table(memory, tasks, number, won, worth & (~told_before | (n.merges > 0)))
 
         advantage = advantages(trajectory, active, won, intrinsic, n)
         paid = jnp.stack(
@@ -483,6 +489,9 @@ CLAIMS = [
           needs=("ucb, half", "similarity, half")),
     Claim("C3c", "The bonus helps: UCB ends better than similarity and utility, memory on",
           better("ucb, half", "utility, half", ON), unit="success", needs=("ucb, half", "utility, half")),
+    Claim("C3d", "A lesson told again is no use: UCB that does not count it ends better, memory on",
+          better("ucb, half", "ucb, half, merges count", ON), unit="success",
+          needs=("ucb, half", "ucb, half, merges count")),
     Claim("C4", "UCB flattens use: fewer lessons are used more than 15 times than with similarity",
           lambda r: final(r, "similarity, half", "used often") - final(r, "ucb, half", "used often"), unit="lessons",
           needs=("ucb, half", "similarity, half")),
