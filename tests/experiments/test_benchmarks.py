@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from rollax.experiments.benchmarks import (
     env_steps,
     generation,
     log_probs,
+    multi_turn,
     objectives,
     peer,
     ppo,
@@ -25,6 +27,7 @@ from rollax.experiments.benchmarks import (
     sweep_speed,
     timing,
     ttt,
+    value_models,
 )
 
 TINY_LLAMA = Path(__file__).parents[1] / "golden" / "hf_tiny" / "llama"
@@ -68,6 +71,33 @@ def test_board_steps(tmp_path):
     assert [row["work"] for row in rows] == [400, 400] and len(rows[0]["ours"]) == 2
     ends = [row["notes"]["share_of_steps_that_end"]["ours"] for row in rows]
     assert ends[0] < 0.02 and 0.03 < ends[1] < 0.3  # at the horizon; at the tenth cell or so
+
+
+def test_multi_turn(tmp_path):
+    """The two peers play the same episodes as the one program; else it raises."""
+    out = tmp_path / "out.json"
+    size = ["--environments", "6", "--turns", "3", "--width", "16", "--alone", "2", "--repeats", "2"]
+    multi_turn.main([*size, "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["work"] for row in rows] == [18, 18] and all(row["ratio"] > 0 for row in rows)
+
+
+def test_episodes_that_differ_are_noticed():
+    fields = dict(positions=[[0, 1, -1]], tokens=[[5, 6, 7]], mask=[[0, 1, 0]], reward=[[1.0]], terminated=[True])
+    ours = types.SimpleNamespace(truncated=[False], **fields)
+    multi_turn.same_episodes(ours, types.SimpleNamespace(truncated=[False], **fields | dict(tokens=[[5, 6, 8]])))
+    for name, changed in dict(tokens=[[5, 7, 7]], reward=[[0.0]], mask=[[0, 1, 1]]).items():
+        with pytest.raises(RuntimeError, match=f"{name}: the episodes of the two sides differ"):
+            multi_turn.same_episodes(ours, types.SimpleNamespace(truncated=[False], **fields | {name: changed}))
+
+
+def test_value_models():
+    kinds = value_models.value_model("none", prompts=3, seeds=2)
+    assert list(kinds) == ["adapter and head", "and the baseline"]
+    prior, arguments = kinds["adapter and head"]
+    assert prior(*arguments).shape == (2, 3)
+    whole, arguments = kinds["and the baseline"]
+    assert whole(*arguments).shape == (2, 3, 16)
 
 
 def test_objectives(tmp_path):
@@ -123,7 +153,7 @@ def test_kernels(tmp_path, benchmark):
     assert errors and all(error < 1e-5 for error in errors.values()), errors
 
 
-MAINS = [module.main for module in (env_steps, board_steps, objectives, generation, ppo, *KERNELS)]
+MAINS = [module.main for module in (env_steps, board_steps, multi_turn, objectives, generation, ppo, *KERNELS)]
 
 
 @pytest.mark.parametrize("main", MAINS)
