@@ -523,7 +523,7 @@ CLAIMS = [
           lambda r: (final(r, "similarity, half", ON) - final(r, "similarity, poisoned", ON))
           - (final(r, "dual, half", ON) - final(r, "dual, poisoned", ON)), unit="success",
           needs=("similarity, half", "similarity, poisoned", "dual, half", "dual, poisoned")),
-    Claim("C12", "Learning with lessons in prompts keeps one able to use them: told the truth in a world never seen, dual"
+    Claim("C12", "Learning with lessons keeps one able to use them: told the truth in a world never seen, dual"
           " ends better than GRPO", better("dual, half", "grpo", "elsewhere, told"), unit="success",
           needs=("dual, half", "grpo")),
     Claim("C11", "GiGPO ends better than GRPO", better("gigpo", "grpo"), unit="success", needs=("gigpo", "grpo")),
