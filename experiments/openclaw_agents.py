@@ -5,6 +5,7 @@ are compared among episodes of a task at the same step index. The worlds are tho
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from rollax import envs, objectives
 from rollax.agents import LanguageModel, Trajectory
 from rollax.envs import Environment, scripted_episode
 from rollax.envs.hidden_clusters import NO_LESSON
+from rollax.envs.minesweeper import progress as progress_of_minesweeper
+from rollax.envs.sokoban import progress as progress_of_sokoban
 from rollax.experiments.harness.loop import Train
 from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.supervised import cached, fit
@@ -37,8 +40,11 @@ if TYPE_CHECKING:
 BASELINES = ("episodes", "step", "task")
 # A turn shows the whole board, so boards are small.
 BOARDS = {
-    "sokoban": lambda horizon: envs.sokoban(5, 6, 1, max_pushes=3, max_solution=horizon - 2, horizon=horizon),
-    "minesweeper": lambda horizon: envs.minesweeper(4, 4, 3, horizon=horizon),
+    "sokoban": (
+        lambda horizon: envs.sokoban(5, 6, 1, max_pushes=3, max_solution=horizon - 2, horizon=horizon),
+        progress_of_sokoban,
+    ),
+    "minesweeper": (lambda horizon: envs.minesweeper(4, 4, 3, horizon=horizon), progress_of_minesweeper),
 }
 BOARD_ACTIONS = ("open-", "up", "right", "down", "left")
 SLIP = 0.6  # how often the demonstrator of a board moves at random
@@ -80,26 +86,34 @@ def environment(config: "Config", key: jax.Array | None = None) -> Environment:
       key: of a fixed world and its numbered tasks; without it, each episode has a world of its own.
     """
     if config.bench in BOARDS:
-        return board_tasks(BOARDS[config.bench](config.horizon), key)
+        make, progress_of = BOARDS[config.bench]
+        return board_tasks(make(config.horizon), progress_of, key)
     bench, level = BENCHES[config.bench], (config.num_first, config.num_second)
     world = None if key is None else bench.draw(jax.random.fold_in(key, 2**20), *level)
     return bench.make(*level, world=world, horizon=config.horizon)
 
 
-def board_tasks(env: Environment, key: jax.Array | None) -> Environment:
-    """Boards with numbers for tasks and no room for lessons, and a demonstrator who often moves at random."""
+def board_tasks(env: Environment, progress_of: Callable, key: jax.Array | None) -> Environment:
+    """Boards with numbers for tasks and no room for lessons, and a demonstrator: the expert, often moving at random.
+
+    Some subtasks are done before the first move, so that the info of a step also says how many were before it.
+    """
     actions = np.flatnonzero([word.startswith(BOARD_ACTIONS) for word in env.spec.vocab])
 
     def reset(own_key, task=None, lesson=None):
         del lesson
-        return env.reset(own_key if task is None else jax.random.fold_in(key, task))
+        return env.reset(own_key if task is None else jax.random.fold_in(jax.random.fold_in(key, 2**20), task))
+
+    def step(own_key, state, action):
+        after, told = env.step(own_key, state, action)
+        return after, told._replace(info=told.info | {"done before": progress_of(state).sum()})
 
     def demonstrate(key, state):
         slip_key, action_key, expert_key = jax.random.split(key, 3)
         slip = jax.random.choice(action_key, jnp.asarray(actions, jnp.int32), (1,))
         return jnp.where(jax.random.bernoulli(slip_key, SLIP), slip, env.expert(expert_key, state)).astype(jnp.int32)
 
-    return env._replace(reset=reset, demonstrate=demonstrate)
+    return env._replace(reset=reset, step=step, demonstrate=demonstrate)
 
 
 def agent_model(config: "Config") -> LanguageModel:
@@ -112,7 +126,7 @@ def packed(config: "Config", trajectory: Trajectory) -> Packed:
 
 
 def agent_base(config: "Config"):
-    """Parameters after imitation of the bench's noisy demonstrator, who knows no fact; kept on disk."""
+    """Parameters after imitation of the bench's noisy demonstrator; kept on disk."""
     env, model = environment(config), agent_model(config)
 
     def loss(params, key):
@@ -127,24 +141,24 @@ def agent_base(config: "Config"):
         return fit(key, model.init(init_key), loss, steps=config.base_steps, optimizer=optax.adam(schedule))
 
     fields = ("bench", "num_first", "num_second", "horizon", "width", "layers", "heads", "base_batch", "base_lr")
-    wanted = {field: getattr(config, field) for field in (*fields, "base_steps", "base_seed")}
+    wanted = {field: getattr(config, field) for field in (*fields, "base_steps", "base_seed")} | {"recipe": 2}
     return jax.tree.map(jnp.asarray, cached("openclaw-agents", wanted, make))
 
 
 # --- Rewards --------------------------------------------------------------------------------------------------------
 
 
-def judge_steps(key: jax.Array, progress: jax.Array, reward: jax.Array, flip) -> jax.Array:
-    """Votes on every step, int8 `[..., T, m]`: +1 where more subtasks were done than before or it was paid, else -1.
+def judge_steps(key: jax.Array, done: jax.Array, before: jax.Array, reward: jax.Array, flip) -> jax.Array:
+    """Votes on every step, int8 `[..., T, m]`: +1 where more subtasks are done than ever before or it paid, else -1.
 
     Args:
-      progress: bool `[..., T, subtasks]`, after each step.
-      reward: the environment's, `[..., T]`; on boards a useful move has one.
+      done: int `[..., T]`, subtasks done after each step; some can be undone, and pay once.
+      before: int `[...]`, before the first step.
+      reward: the environment's, `[..., T]`: minesweeper pays for every cell opened, the others for winning.
       flip: probability that a vote has the wrong sign; may be traced.
     """
-    done = progress.sum(axis=-1)
-    before = jnp.concatenate([jnp.zeros_like(done[..., :1]), done[..., :-1]], axis=-1)
-    sign = jnp.where((done > before) | (reward > 0), 1, -1)[..., None]
+    most = jax.lax.cummax(jnp.concatenate([before[..., None], done], axis=-1), axis=done.ndim - 1)
+    sign = jnp.where((done > most[..., :-1]) | (reward > 0), 1, -1)[..., None]
     return jnp.where(jax.random.bernoulli(key, flip, (*done.shape, VOTES)), -sign, sign).astype(jnp.int8)
 
 
@@ -210,7 +224,9 @@ def agents_train(config: "Config", base=None) -> Train:
         made = played.info["active"]
         by_task = lambda x: x.reshape(tasks, group, *x.shape[1:])  # noqa: E731
         won = at_the_end(played.info["won"], made)
-        votes = judge_steps(judge_key, by_task(played.info["progress"]), by_task(played.reward), n.flip)
+        done = played.info["progress"].sum(axis=-1)
+        before = played.info.get("done before", jnp.zeros_like(done))[:, 0]
+        votes = judge_steps(judge_key, by_task(done), by_task(before), by_task(played.reward), n.flip)
         advantage, kept = step_advantages(by_task(won), votes, by_task(made), n)
         of_turns = lambda x: x.reshape(tasks * group, turns)  # noqa: E731
         mask = made & of_turns(kept)

@@ -509,7 +509,8 @@ def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     configs = {}
     for part in parts:
         default = Config(**{"part": part} | PRESETS.get(part, {}))
-        configs[part] = dataclasses.replace(parse(default, __doc__, argv, check=False), part=part)
+        own = dict(bench=part) if part in BOARDS else {}
+        configs[part] = dataclasses.replace(parse(default, __doc__, argv, check=False), part=part, **own)
     with one_line_errors():
         for config in configs.values():
             config.check()

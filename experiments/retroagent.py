@@ -52,6 +52,7 @@ from rollax.experiments.retroagent_base import (
     play_tasks,
     read,
     small_model,
+    wrong_lessons,
 )
 
 TASKS = 256  # of a world
@@ -249,13 +250,10 @@ def make_train(config: Config, base: dict) -> Train:
         return init_table(TASKS, lessons)
 
     def poisoned(key, memory, world):
-        """A wrong lesson for every task, wrong at random: what is wrong by one everywhere can be read like truth."""
-        names = world.name
-        off = [jax.random.randint(k, (TASKS,), 1, most) for k, most in zip(jax.random.split(key), level, strict=True)]
-        first = 1 + (world.facts.first[names] + off[0]) % level[0]
-        wrong = first * (1 + 2 * level[1]) + 1 + (world.facts.second[names] + off[1]) % level[1]
+        """A wrong lesson for every task."""
         everywhere = jnp.ones(TASKS, bool)
-        return add_to_table(memory, jnp.arange(TASKS), wrong, everywhere, everywhere)
+        number = lesson_number(wrong_lessons(key, world, *level), *level)
+        return add_to_table(memory, jnp.arange(TASKS), number, everywhere, everywhere)
 
     def init(key):
         return State(base, optimiser.init(base), empty_memory(), jnp.zeros(TASKS), key, jnp.int32(0))
@@ -333,6 +331,7 @@ def make_train(config: Config, base: dict) -> Train:
         worth = (back.lesson != NO_LESSON).any(axis=1) & right
         number = lesson_number(back.lesson, *level)
         place = tasks * lessons + number
+        worth &= number < lessons  # heads may say what is no statement about their fact
         told_before = memory.used.ravel()[place] | jnp.tril((place[:, None] == place) & worth, -1).any(axis=1)
         memory = add_to_table(memory, tasks, number, won, worth & (~told_before | (n.merges > 0)))
 
@@ -393,7 +392,7 @@ def make_train(config: Config, base: dict) -> Train:
         used = state.memory.used
         ways = played.tokens.reshape(task.size, turns, columns)[..., -1] @ (31 ** jnp.arange(turns))
         ways = jnp.sort(jnp.where(alone, ways, -1))
-        often = (used & (state.memory.count > 15)).sum()
+        often = (used & (state.memory.count > 16)).sum()  # more than 15 uses: the count begins at 1
         return {
             "memory off": alone.mean(dtype=jnp.float32),
             "memory on": helped.mean(dtype=jnp.float32),

@@ -113,7 +113,7 @@ class Config(Options):
     heads: int = 4
     """Of the small transformer."""
     eval_prompts: int = 128
-    """Held-out prompts of an evaluation."""
+    """Prompts of an evaluation; of a pretrained model, held out."""
     eval_samples: int = 4
     """Rollouts of each."""
     encoder: str = "minilm"
@@ -440,7 +440,7 @@ def build(config: Config) -> Build:
 
 
 def sample_episodes(config: Config, task: Task, arms: Sequence[str], state_of: Callable) -> list[Episode]:
-    """Two held-out episodes of the first and the last arm, after training."""
+    """Two episodes of the first and the last arm, after training."""
     env, episodes = task.held_out, []
     play = jax.jit(
         lambda params: rollout(jax.random.key(config.seed), task.model, params, env, num_prompts=2, prefix=task.prefix)
@@ -462,7 +462,7 @@ def sample_episodes(config: Config, task: Task, arms: Sequence[str], state_of: C
 
 
 def rollouts_to(results: Results, row: str, level: np.ndarray) -> np.ndarray:
-    """Rollouts until the best held-out reward so far reached each seed's level, `[seeds]`; NaN where it never did."""
+    """Rollouts until the best evaluation so far reached each seed's level, `[seeds]`; NaN where it never did."""
     found = []
     for goal, spent, reward in zip(level, results.held_out[row]["spent"], results.held_out[row]["reward"], strict=True):
         best = np.maximum.accumulate(reward)
@@ -524,8 +524,8 @@ def to_common_level(results: Results, row: str) -> np.ndarray:
 
 
 COLUMNS: dict[str, Callable[[Results, str], np.ndarray]] = {
-    "held out, end": final,
-    "held out, start": lambda r, row: r.held_out[row]["reward"][:, 0],
+    "reward, end": final,
+    "reward, start": lambda r, row: r.held_out[row]["reward"][:, 0],
     "rollouts to the common level": to_common_level,
     "rollouts a prompt": mean("rollouts"),
     "rows computed": mean("rows computed"),
@@ -548,8 +548,8 @@ def panels(results: Results) -> list[Panel]:
     updates = np.arange(1, results.evaluated_at[-1] + 1)
     curves = lambda metric: {row: results.train[row][metric] for row in rows}  # noqa: E731
     return [
-        Panel("held-out reward", results.evaluated_at, {row: results.held_out[row]["reward"] for row in rows}),
-        Panel("held-out reward", grid, by_rollouts, "rollouts"),
+        Panel("reward in evaluation", results.evaluated_at, {row: results.held_out[row]["reward"] for row in rows}),
+        Panel("reward in evaluation", grid, by_rollouts, "rollouts"),
         Panel("rollouts a prompt", updates, curves("rollouts")),
         Panel("share of dead groups", updates, curves("dead groups")),
         Panel("prior less the rollouts' mean", updates, curves("prior less mean")),

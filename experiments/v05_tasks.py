@@ -107,6 +107,7 @@ def small_task(config: "Config") -> Task:
     model = small_model(config, env)
     head = fitted_head(config.head_updates, config.seed)
     of_start = {field: getattr(config, field) for field in ["task", "layers", "width", "heads", "warm_start"]}
+    of_start["recipe"] = 2  # to be raised when what makes the two changes
     fields = "head_updates value_updates value_lr contexts queries tasks soft_context seed"
     of_values = of_start | {field: getattr(config, field) for field in fields.split()}
 

@@ -316,14 +316,35 @@ def test_every_batch_after_the_first_is_one_version_stale(base):
 
 
 def test_a_judge_of_steps_sees_subtasks():
-    progress = jnp.array([[0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]], bool)[None]
-    reward = jnp.zeros((1, 4))
-    votes = agents.judge_steps(jax.random.key(0), progress, reward, 0.0)
-    np.testing.assert_array_equal(votes[0], np.repeat([[-1], [1], [-1], [1]], agents.VOTES, axis=1))
-    paid = agents.judge_steps(jax.random.key(0), progress, reward.at[0, 2].set(0.5).at[0, 0].set(-0.1), 0.0)
-    np.testing.assert_array_equal(paid[0], np.repeat([[-1], [1], [1], [1]], agents.VOTES, axis=1))
-    many = agents.judge_steps(jax.random.key(1), jnp.broadcast_to(progress, (500, 4, 3)), jnp.zeros((500, 4)), 0.25)
+    done, none, unpaid = jnp.array([[0, 1, 1, 3]]), jnp.array([0]), jnp.zeros((1, 4))
+    signs = lambda *x: np.repeat(np.array(x)[:, None], agents.VOTES, axis=1)  # noqa: E731
+    judge = functools.partial(agents.judge_steps, jax.random.key(0), flip=0.0)
+    votes = judge(done, none, unpaid)
+    np.testing.assert_array_equal(votes[0], signs(-1, 1, -1, 1))
+    paid = judge(done, none, unpaid.at[0, 2].set(0.5).at[0, 0].set(-0.1))
+    np.testing.assert_array_equal(paid[0], signs(-1, 1, 1, 1))
+    again = judge(jnp.array([[1, 0, 1, 2]]), jnp.array([1]), unpaid)  # done at the start, undone and done again
+    np.testing.assert_array_equal(again[0], signs(-1, -1, -1, 1))
+    many = agents.judge_steps(
+        jax.random.key(1), jnp.broadcast_to(done, (500, 4)), jnp.zeros(500, int), jnp.zeros((500, 4)), 0.25
+    )
     np.testing.assert_allclose((many != votes).mean(), 0.25, atol=0.02)
+
+
+@pytest.mark.parametrize("bench", ["minesweeper", "sokoban"])
+def test_a_first_move_that_does_nothing_earns_nothing(bench):
+    config = dataclasses.replace(TINY, part=bench, bench=bench, horizon=6)
+    env = agents.environment(config, jax.random.key(0))
+
+    def first(task):
+        state, _ = env.reset(jax.random.key(0), task)
+        return env.step(jax.random.key(0), state, jnp.array([0]))[1]  # no action
+
+    told = jax.vmap(first)(jnp.arange(32))
+    done = told.info["progress"].sum(axis=-1)[:, None]
+    assert (done > 0).any()
+    votes = agents.judge_steps(jax.random.key(0), done, told.info["done before"], told.reward[:, None], 0.0)
+    assert (votes == -1).all()
 
 
 def test_agents_get_the_advantages_of_their_arm():
@@ -442,6 +463,10 @@ def test_bad_options_get_one_line(argv, words, capsys):
 
 
 def test_the_parts_have_their_presets():
+    configs = openclaw.configs_of(["--bench", "shop"])
+    assert {part: configs[part].bench for part in openclaw.AGENT_PARTS} == {
+        "agents": "shop", "minesweeper": "minesweeper", "sokoban": "sokoban",
+    }  # fmt: skip
     configs = openclaw.configs_of([])
     assert tuple(configs) == openclaw.PARTS
     assert configs["asynchronous"].chunk == configs["asynchronous"].updates

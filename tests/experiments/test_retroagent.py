@@ -135,6 +135,28 @@ def test_arms_of_one_program_do_what_they_say(base):
         assert ((np.asarray(evaluated[name]) >= 0) & (np.asarray(evaluated[name]) <= 1)).all()
 
 
+def test_wrong_lessons_are_wrong_of_both_facts_and_not_all_by_the_same():
+    world = envs.household_world(jax.random.key(0), *LEVEL)
+    lesson = np.asarray(retroagent_base.wrong_lessons(jax.random.key(1), world, *LEVEL))
+    for said, base, fact, size in zip(lesson.T, (IS_FIRST, IS_SECOND), world.facts[1:3], LEVEL, strict=True):
+        off = (said - base - np.asarray(fact)[world.name]) % size
+        assert (said >= base).all() and (said < base + size).all()
+        assert set(off) == set(range(1, size))
+
+
+def test_played_episodes_are_read_with_the_log_probs_that_they_were_sampled_with():
+    world = envs.household_world(jax.random.key(0), *LEVEL)
+    env = envs.household(world=world)
+    model = retroagent_base.small_model(SMALL, env)
+    params = {"policy": model.init(jax.random.key(0))}
+    lesson = jnp.full((8, 2), NO_LESSON)
+    played = retroagent_base.play_tasks(jax.random.key(1), model, params["policy"], env, jnp.arange(8), lesson)
+    said = retroagent_base.read(model, params, retroagent_base.pack(played, env.spec, 1))
+    active = np.asarray(played.info["active"])
+    sampled = np.asarray(played.full_log_prob).reshape(8, env.spec.max_turns, -1)[..., -1]
+    np.testing.assert_allclose(np.asarray(said.log_prob)[active], sampled[active], atol=1e-5)
+
+
 @pytest.mark.slow
 def test_lessons_are_of_the_task_or_its_like_and_a_poisoned_memory_is_wrong(base):
     train = retroagent.make_train(SMALL, base)
