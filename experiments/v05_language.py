@@ -517,16 +517,18 @@ def mean(metric: str) -> Callable[[Results, str], np.ndarray]:
     return lambda results, row: results.train[row][metric].mean(axis=1)
 
 
-def to_common_level(results: Results, row: str) -> np.ndarray:
-    """Rollouts until the reward that every row reached at some time."""
-    level = np.min([held_out["reward"].max(axis=1) for held_out in results.held_out.values()], axis=0)
-    return rollouts_to(results, row, level)
+def to_half_the_gain(results: Results, row: str) -> np.ndarray:
+    """Rollouts until half of what the best row gained; NaN where the row never gained as much."""
+    rewards = [held_out["reward"] for held_out in results.held_out.values()]
+    start = results.held_out[row]["reward"][:, 0]
+    best = np.max([reward.max(axis=1) for reward in rewards], axis=0)
+    return rollouts_to(results, row, (start + best) / 2)
 
 
 COLUMNS: dict[str, Callable[[Results, str], np.ndarray]] = {
     "reward, end": final,
     "reward, start": lambda r, row: r.held_out[row]["reward"][:, 0],
-    "rollouts to the common level": to_common_level,
+    "rollouts to half the best gain": to_half_the_gain,
     "rollouts a prompt": mean("rollouts"),
     "rows computed": mean("rows computed"),
     "dead groups": mean("dead groups"),
