@@ -105,7 +105,14 @@ BAND = dataclasses.replace(
 
 
 @eight
-@pytest.mark.parametrize(("study", "config", "counts"), [(ppo_cartpole, PPO, (2, 4, 8)), (bandpo, BAND, (2, 8))])
+@pytest.mark.parametrize(
+    ("study", "config", "counts"),
+    [
+        (ppo_cartpole, PPO, (2, 8)),
+        pytest.param(ppo_cartpole, PPO, (4,), marks=pytest.mark.slow),
+        pytest.param(bandpo, BAND, (2, 8), marks=pytest.mark.slow),
+    ],
+)
 def test_studies_are_the_same_on_any_number_of_devices(tmp_path, study, config, counts):
     """Up to rounding, see above; and near a tie of its logits PPO's greedy policy may balance one step longer."""
     one, _ = train(tmp_path, study, config, name="1", mesh="data=1")
