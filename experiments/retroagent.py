@@ -45,6 +45,7 @@ from rollax.experiments.retroagent_base import (
     at_the_end,
     base_model,
     calibration,
+    expert_episodes,
     hallucinate,
     lesson_number,
     numbered_lesson,
@@ -420,7 +421,7 @@ def build(config: Config) -> Build:
 
 
 def sample_episodes(config: Config, arms: Sequence[str], state_of: Callable) -> list[Episode]:
-    """Two episodes of the first and the last arm after training, in words, the second with the best lesson known."""
+    """Two episodes of the first and the last arm after training, in words, and one of the expert in every world."""
     bench, level = BENCHES[config.bench], (config.num_first, config.num_second)
     model, episodes = small_model(config, bench.make(*level)), []
     for arm in dict.fromkeys((arms[0], arms[-1])):
@@ -439,7 +440,7 @@ def sample_episodes(config: Config, arms: Sequence[str], state_of: Callable) -> 
             episodes.append(
                 Episode(f"{arm}, task {row}", [told_again(env, played, row)], float(played.reward[row].sum()))
             )
-    return episodes
+    return episodes + expert_episodes(jax.random.key(config.seed))
 
 
 def told_again(env, played: Trajectory, row: int) -> str:

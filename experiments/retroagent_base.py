@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rollax import envs, objectives
@@ -28,7 +29,10 @@ from rollax.envs.hidden_clusters import (
     NUM_LESSONS,
     draw_lesson,
 )
+from rollax.envs.minesweeper import frame as frame_of_minesweeper
 from rollax.envs.scripts import ScriptedEpisode, scripted_episode
+from rollax.envs.sokoban import frame as frame_of_sokoban
+from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.supervised import CACHE, cached, fit
 
 if TYPE_CHECKING:
@@ -113,6 +117,30 @@ def at_the_end(value: jax.Array, active: jax.Array) -> jax.Array:
     """Of `[N, K, ...]`, the entry of each episode's last turn, `[N, ...]`."""
     last = jnp.maximum(active.sum(axis=1) - 1, 0)
     return jax.vmap(lambda x, i: x[i])(value, last)
+
+
+def expert_episodes(key: jax.Array) -> list[Episode]:
+    """An episode of the expert in each of the paper's worlds, and in the house with rooms: words, or pictures."""
+    worlds = {
+        "household": (envs.household(), None),
+        "household with rooms": (envs.alfworld_household(), None),
+        "shop": (envs.shop(), None),
+        "sokoban": (envs.sokoban(), frame_of_sokoban),
+        "minesweeper": (envs.minesweeper(), frame_of_minesweeper),
+    }
+    episodes = []
+    for title, (env, frame) in worlds.items():
+        act, step = jax.jit(env.expert), jax.jit(env.step)
+        state, _ = jax.jit(env.reset)(key)
+        seen, earned, ended = [state], 0.0, False
+        while not ended:
+            move_key, step_key = jax.random.split(jax.random.fold_in(key, len(seen)))
+            state, told = step(step_key, state, act(move_key, state))
+            seen.append(jax.device_get(state))
+            earned, ended = earned + float(told.reward), bool(told.terminated | told.truncated)
+        frames = [env.render(seen[-1])] if frame is None else np.stack([frame(state) for state in seen])
+        episodes.append(Episode(f"the expert, {title}", frames, earned))
+    return episodes
 
 
 # --- Reading finished episodes -------------------------------------------------------------------------------------

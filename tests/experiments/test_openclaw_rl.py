@@ -385,7 +385,7 @@ def test_buckets_without_a_signal_are_counted():
     np.testing.assert_allclose(told["advantage variance"], 2 / 3)
 
 
-@pytest.mark.parametrize("bench", ["household", "minesweeper", "sokoban"])
+@pytest.mark.parametrize("bench", ["household", "shop", "minesweeper", "sokoban"])
 def test_agents_train_and_are_watched(bench):
     config = dataclasses.replace(
         TINY, part="agents", bench=bench, tasks=2, group=3, horizon=6, num_first=4, num_second=3, updates=1, chunk=1,
@@ -400,8 +400,8 @@ def test_agents_train_and_are_watched(bench):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, state.params)
     assert max(jax.tree.leaves(moved)) > 0
     (episode,) = agents.watch_tasks(config, after, "outcome + step", 1)
-    if bench == "household":
-        assert episode.frames[0].startswith("Task: get the") and "> " in episode.frames[0]
+    if bench in agents.BENCHES:
+        assert len(episode.frames) == 1 and "> " in episode.frames[0]
     else:
         assert 2 <= len(episode.frames) <= 7 and len(set(episode.frames)) > 1
 

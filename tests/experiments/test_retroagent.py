@@ -157,6 +157,18 @@ def test_played_episodes_are_read_with_the_log_probs_that_they_were_sampled_with
     np.testing.assert_allclose(np.asarray(said.log_prob)[active], sampled[active], atol=1e-5)
 
 
+def test_the_expert_wins_an_episode_of_every_world():
+    episodes = {e.title: e for e in retroagent_base.expert_episodes(jax.random.key(0))}
+    assert len(episodes) == 5
+    for title, episode in episodes.items():
+        if "sokoban" in title or "minesweeper" in title:
+            assert episode.frames.dtype == np.uint8 and episode.frames.ndim == 4 and len(episode.frames) > 2
+            assert (episode.frames[1:] != episode.frames[:-1]).any(axis=(1, 2, 3)).all()
+        else:
+            assert episode.frames[0].endswith(("Won.", "You won!")), title
+        assert episode.reward > 5, title
+
+
 @pytest.mark.slow
 def test_lessons_are_of_the_task_or_its_like_and_a_poisoned_memory_is_wrong(base):
     train = retroagent.make_train(SMALL, base)
