@@ -63,6 +63,8 @@ class Config:
     """Environment steps of a repeat, over all environments."""
     levels: int = 512
     """Levels in the bank of Sokoban."""
+    block: int = 256
+    """Of our environments, so many play all their steps before others do: their boards stay in a core's cache."""
     repeats: int = 21
     """Interleaved repeats."""
     peer: bool = True
@@ -82,6 +84,8 @@ class Config:
             raise ValueError(f"steps: expected at least one per environment, {max(self.num_envs)}, got {self.steps}")
         if self.levels < 1:
             raise ValueError(f"levels: expected at least 1, got {self.levels}")
+        if self.block < 1:
+            raise ValueError(f"block: expected at least 1, got {self.block}")
         if self.repeats < 1:
             raise ValueError(f"repeats: expected at least 1, got {self.repeats}")
 
@@ -98,28 +102,34 @@ def bank(levels: int) -> envs.SokobanLevel:
     return jax.jit(draw)(jax.random.split(jax.random.key(0), levels))
 
 
-def rollout(game: str, num_envs: int, levels: int):
-    """`run(state, actions) -> (state, what a learner stores)`, and the state to begin with."""
+def rollout(game: str, num_envs: int, levels: int, block: int):
+    """`run(state, actions) -> (state, what a learner stores)`, in blocks where they divide, and the first state."""
     if game == "sokoban":
         environment, first = envs.sokoban(levels=bank(levels), horizon=HORIZON), FIRST_MOVE
     else:
         environment, first = envs.minesweeper(SIDE, SIDE, MINES, horizon=SIDE * SIDE), FIRST_CELL
-    vector = envs.vectorize(environment, num_envs)
+    size = block if num_envs % block == 0 else num_envs
+    vector = envs.vectorize(environment, size)
 
-    def run(state, actions):
+    def of_block(state, actions):
         def body(state, action):
             state, step = vector.step(state, first + action[:, None])
             return state, (step.observation, step.reward, step.done, step.final_observation)
 
         return jax.lax.scan(body, state, actions)
 
-    return run, vector.reset(jax.random.key(0))[0]
+    def run(state, actions):
+        blocks = actions.reshape(len(actions), -1, size).swapaxes(0, 1)
+        return jax.lax.map(lambda block: of_block(*block), (state, blocks))
+
+    keys = jax.random.split(jax.random.key(0), num_envs // size)
+    return run, jax.jit(jax.vmap(lambda key: vector.reset(key)[0]))(keys)
 
 
 def measure(game: str, num_envs: int, config: Config, ask) -> Row:
     """One case; `ask` is None without the peer."""
     steps = config.steps // num_envs
-    run, state = rollout(game, num_envs, config.levels)
+    run, state = rollout(game, num_envs, config.levels, config.block)
     actions = jax.numpy.asarray(random_actions(game, steps, num_envs))
     compiled, compile_ours = compile_timed(run, state, actions)
     notes = {"share_of_steps_that_end": {"ours": float(compiled(state, actions)[1][2].mean())}}

@@ -44,8 +44,8 @@ class Config:
     """Sessions."""
     turns: int = 8
     """Of a session."""
-    width: int = 64
-    """Of the transformer of two layers."""
+    width: int = 48
+    """Of the transformer of two layers, that of the study openclaw_rl."""
     alone: int = 8
     """Episodes of the peer that plays one after the other; its time is scaled to all."""
     repeats: int = 5
