@@ -70,6 +70,7 @@ def test_launchers_run_a_process_for_each_program(tmp_path, launcher):
     assert sorted(path.name for path in (folder / "jobs").iterdir()) == ["000.txt", "001.txt"]
 
 
+@pytest.mark.slow
 def test_a_search_with_two_workers_and_pruning(tmp_path, capsys):
     optuna = pytest.importorskip("optuna")
     argv = [TOY, "--grid", "lr=1e-3..1:log", "noise=0.05,0.1", "--search", "tpe", "--trials", "12", "--updates", "20"]

@@ -80,6 +80,7 @@ def test_tokens_of_the_encoder_end_where_the_text_ends():
     np.testing.assert_allclose(states[0, -length:], alone[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rounds_outside_the_program_train_as_rounds_inside(task):
     """The budgets, the reward and the parameters agree; the loss outside is computed of the drawn rows alone."""
     n = jax.tree.map(jnp.asarray, language.ARMS["osla, v0"]._replace(lr=3e-3, cost=1 / 256))
