@@ -91,9 +91,9 @@ def first_observations(key: jax.Array, env, num_prompts: int):
     return reset_starts(jax.random.split(key, 3)[0], env, num_prompts)
 
 
-def take_starts(start: Start, index: jax.Array) -> Start:
-    """The starts `index` `[N]`, one a row."""
-    return jax.tree.map(lambda x: x[index] if x.ndim else x, start)
+def take_rows(rows: Any, index: jax.Array) -> Any:
+    """Of every array in a tree the rows `index` `[N]`; scalars, which all rows share, as they are."""
+    return jax.tree.map(lambda x: x[index] if x.ndim else x, rows)
 
 
 def play_rows(
@@ -109,7 +109,7 @@ def play_rows(
 
     Args:
       keys: of the samples and of the environments' steps; folded with the row's number and the step's.
-      start: `[N]`, see `take_starts`.
+      start: `[N]`, one a row.
       row: int `[N]`.
       alive: bool `[N]`, the others are not played.
       num_steps: K; an episode that is longer is cut, neither terminated nor truncated.
@@ -347,7 +347,7 @@ def sequential_sampler(
     def episodes(keys, params, start, prompt, j, alive):
         policy = language_policy(model, params, spec, sampling=sampling, prefix=prefix, early_exit=early_exit)
         played = play_rows(
-            keys, env, policy, take_starts(start, prompt), prompt * k_max + j, alive, num_steps=spec.max_turns
+            keys, env, policy, take_rows(start, prompt), prompt * k_max + j, alive, num_steps=spec.max_turns
         )
         return as_trajectory(played, spec)
 
@@ -454,35 +454,55 @@ def score(
     env,
     *,
     group_size: int = 1,
+    group: jax.Array | None = None,
+    num_groups: int = 0,
     temperature: jax.Array | float = 1.0,
     prefix: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs of the policy's own tokens and the entropies of the distributions that they came from, with gradients.
 
     The first observation is computed once per group and the prefix once in all, exactly: the rows share their keys and
-    values, and so the gradients. A group is `group_size` rows in a row that begin with the same observation.
+    values, and so the gradients.
 
+    Args:
+      group_size: so many rows in a row begin with the same observation.
+      group: int `[N]` below `num_groups`, the group of each row, instead: groups of any size in any order. A group's
+        observation is that of its first row.
     Returns:
       (log_prob, entropy), float32 `[N, S]`, nats, 0 outside `trajectory.mask`.
+    Raises:
+      ValueError: a `group_size` that does not divide the rows, or beside a `group`; a `group` of another shape, or
+        without a number of groups.
     """
     spec = env.spec
     rows, slots = trajectory.tokens.shape
     width = spec.max_observation
     if rows % group_size:
         raise ValueError(f"group_size: expected a divisor of the {rows} rows, got {group_size}")
+    if group is None:
+        num_groups, first = rows // group_size, slice(None, None, group_size)
+        spread = functools.partial(repeat_rows, times=group_size)
+    else:
+        if group.shape != (rows,) or num_groups < 1 or group_size != 1:
+            raise ValueError(
+                f"group, num_groups: expected [{rows}] and at least 1, without a group_size, got {group.shape}, "
+                f"{num_groups} and group_size={group_size}"
+            )
+        first = jax.ops.segment_min(jnp.arange(rows), group, num_groups)
+        spread = functools.partial(take_rows, index=group)
 
-    starts = jax.tree.map(lambda x: x[::group_size, :width], (trajectory.tokens, trajectory.positions))
+    starts = jax.tree.map(lambda x: x[first, :width], (trajectory.tokens, trajectory.positions))
     dense = model._replace(prefill=None)  # a sampler's sparse prefill is no part of the policy that is trained
-    cache, _ = start(dense, params, rows // group_size, slots, prefix)
+    cache, _ = start(dense, params, num_groups, slots, prefix)
     hidden, cache = features(model, params, *starts, cache)
     last = jnp.argmax(starts[1], axis=1)[:, None, None]
-    opening = jnp.repeat(jnp.take_along_axis(hidden, last, axis=1), group_size, axis=0)
+    opening = spread(jnp.take_along_axis(hidden, last, axis=1))
 
     tokens, positions, mask = (x[:, width:] for x in (trajectory.tokens, trajectory.positions, trajectory.mask))
     following = opening[:, :0]
     if tokens.shape[1] > 1:
         fed = (tokens[:, :-1], positions[:, :-1])
-        following, _ = features(model, params, *fed, repeat_rows(cache, group_size))
+        following, _ = features(model, params, *fed, spread(cache))
     hidden = jnp.concatenate([opening, following], axis=1)
     # A token is predicted at the last real slot before it, which padding may separate from it.
     real = jnp.concatenate([jnp.ones((rows, 1), bool), positions[:, :-1] >= 0], axis=1)

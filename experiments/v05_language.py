@@ -288,8 +288,8 @@ def make_train(config: Config, task: Task, kind: str = "budget", staged: bool = 
         ids, features = prompt_ids(observation), task.features(start, observation)
         return key, ids, features, prior_of(state, task, features, ids, config.soft_context)
 
-    def learn(state, trajectory, reward, drawn, prior, asked, n, *, grouped):
-        """`passes` gradient steps on rows of rollouts; `grouped` where all slots of all prompts are there, in order.
+    def learn(state, trajectory, reward, drawn, prior, asked, n):
+        """`passes` gradient steps on rows of rollouts.
 
         reward, drawn: `[P, slots]`; trajectory: its rows, `asked` their numbers among all.
         """
@@ -319,11 +319,11 @@ def make_train(config: Config, task: Task, kind: str = "budget", staged: bool = 
 
             (value, value_opt), _ = jax.lax.scan(fit_value, (value, value_opt), length=config.passes)
         live = mask & (jnp.abs(advantage) > 0)
+        whole = len(asked) == prompts * slots and not staged  # all rows, in order
+        groups = dict(group_size=slots) if whole else dict(group=asked // slots, num_groups=prompts)
 
         def loss(params):
-            log_prob, entropy = score(
-                model, params, trajectory, env, group_size=slots if grouped else 1, prefix=task.prefix
-            )
+            log_prob, entropy = score(model, params, trajectory, env, prefix=task.prefix, **groups)
             losses = objectives.clipped_surrogate(log_prob - old, advantage, *objectives.clip_bounds(0.2))
             rows = jnp.where(mask, losses, 0.0).sum(axis=1) / tokens
             return weight @ rows, weight @ (jnp.where(mask, entropy, 0.0).sum(axis=1) / tokens)
@@ -381,7 +381,7 @@ def make_train(config: Config, task: Task, kind: str = "budget", staged: bool = 
             drawn = sample(key, state.params, prior, n)
             reward = drawn.trajectory.reward.sum(axis=1).reshape(prompts, slots)
             rows = jnp.arange(prompts * slots)
-            learnt = learn(state, drawn.trajectory, reward, drawn.drawn, prior, rows, n, grouped=True)
+            learnt = learn(state, drawn.trajectory, reward, drawn.drawn, prior, rows, n)
             return finish(state, learnt, ids, features, prior, reward, drawn.drawn, drawn.rows, drawn.trajectory.mask)
 
         def advance(state, n):
@@ -400,7 +400,7 @@ def make_train(config: Config, task: Task, kind: str = "budget", staged: bool = 
         reward = sampled.trajectory.reward.sum(axis=1).reshape(prompts, slots)
         kept = jnp.argsort(~drawn.ravel(), stable=True)[:rows]
         trajectory = jax.tree.map(lambda x: x[kept], sampled.trajectory)
-        learnt = learn(state, trajectory, reward, drawn, prior, kept, n, grouped=False)
+        learnt = learn(state, trajectory, reward, drawn, prior, kept, n)
         return finish(state, learnt, ids, features, prior, reward, drawn, sampled.rows, trajectory.mask)
 
     def advance_staged(state, n):

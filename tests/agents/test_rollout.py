@@ -116,6 +116,25 @@ def test_score_equals_sampler(max_turns, prefix):
     ).all()  # truncation adds mass
 
 
+def test_groups_may_differ_in_size_and_order():
+    model, params = lm()
+    trajectory, env, prefix = played(3, (7, 3, 3, 1)), echo(3), jnp.array([7, 3, 3, 1])
+    kept = jnp.array([23, 0, 13, 1, 12, 2, 22, 8])  # of groups 5, 0, 3, 0, 3, 0, 5, 2; nothing is left of 1 and 4
+
+    def some(params):
+        rows = jax.tree.map(lambda x: x[kept], trajectory)
+        log_prob, entropy = score(model, params, rows, env, group=kept // 4, num_groups=6, prefix=prefix)
+        return jnp.sum(log_prob + 0.1 * entropy), log_prob
+
+    def whole(params):
+        log_prob, entropy = (x[kept] for x in score(model, params, trajectory, env, group_size=4, prefix=prefix))
+        return jnp.sum(log_prob + 0.1 * entropy), log_prob
+
+    (ours, log_prob), (theirs, expected) = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (some, whole))
+    np.testing.assert_allclose(log_prob, expected, atol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
 def test_shared_start_has_the_same_gradient():
     """A prompt computed once for its group, and a prefix once for all, give the gradient of the plain forward."""
     model, params = lm()
@@ -239,6 +258,8 @@ def test_bad_input():
     model, params = lm()
     with pytest.raises(ValueError, match=r"group_size.*24.*5"):
         score(model, params, played(1), echo(1), group_size=5)
+    with pytest.raises(ValueError, match=r"group, num_groups.*\[24\].*\(23,\)"):
+        score(model, params, played(1), echo(1), group=jnp.zeros(23, int), num_groups=1)
     with pytest.raises(ValueError, match=r"logits.*\[P, T, V\].*\(3,\)"):
         tabular(jnp.zeros(3))
 
