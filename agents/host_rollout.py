@@ -53,8 +53,9 @@ def host_sampler(
         language_policy, model, spec=spec, sampling=sampling, prefix=prefix, early_exit=early_exit
     )
 
-    def act(policy, memory, keys, alive):
+    def act(policy, memory, keys, alive, grow=lambda memory, turns: memory):
         action, memory, record = policy.act(keys, memory, alive)
+        memory = grow(memory, spec.max_turns)
         # The cache is most of the memory: taken out, so that the next turn may change it in place.
         cache, context = memory.context.cache, memory.context._replace(cache=None)
         return action, record, cache, memory._replace(context=context)
@@ -62,7 +63,7 @@ def host_sampler(
     @jax.jit
     def first_turn(params, observation, keys, alive):
         memory = repeat_rows(policy(params).begin(observation), group_size)
-        return act(policy(params), memory, keys, alive)
+        return act(policy(params), memory, keys, alive, policy(params).grow)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def next_turn(params, cache, memory, observation, keys, alive):

@@ -24,11 +24,14 @@ class Policy(NamedTuple):
       begin: `begin(observation [P, ...]) -> memory [P, ...]`, of first observations, one per start.
       see: `see(memory, observation, alive [N]) -> memory`, of the observations that follow.
       act: `act(keys [N], memory, alive) -> (action [N, ...], memory, record [N, ...])`; the record is kept.
+      grow: `grow(memory, steps) -> memory` with room for so many steps from the beginning, static; `begin` makes room
+        for one. As it is for a memory that does not grow.
     """
 
     begin: Callable[[Any], Any]
     see: Callable[[Any, Any, jax.Array], Any]
     act: Callable[[jax.Array, Any, jax.Array], tuple[Any, Any, Any]]
+    grow: Callable[[Any, int], Any] = lambda memory, steps: memory
 
 
 class Episodes(NamedTuple):
@@ -104,6 +107,7 @@ def play_rows(
     row: jax.Array,
     alive: jax.Array,
     num_steps: int,
+    stages: int = 1,
 ) -> Episodes:
     """Plays N opened starts to their end; what happens in a row depends on its number and on nothing beside it.
 
@@ -113,6 +117,7 @@ def play_rows(
       row: int `[N]`.
       alive: bool `[N]`, the others are not played.
       num_steps: K; an episode that is longer is cut, neither terminated nor truncated.
+      stages: in so many parts the memory grows, each a loop that is compiled on its own: what is empty is not read.
     """
     sample_keys, step_keys = (jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row) for key in keys)
     at_step = jax.vmap(jax.random.fold_in, in_axes=(0, None))
@@ -129,26 +134,40 @@ def play_rows(
         return act(index, policy.see(memory, observation, alive), state, alive)
 
     carry, kept = act(0, *start, alive)
-    kept = jax.tree.map(lambda x: x[:, None], kept)
-    if num_steps > 1:
-        _, rest = jax.lax.scan(see_and_act, carry, jnp.arange(1, num_steps))
-        kept = jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.moveaxis(y, 0, 1)], axis=1), kept, rest)
+    parts, done = [jax.tree.map(lambda x: x[None], kept)], 1
+    for stage in range(1, stages + 1):
+        end = -(-num_steps * stage // stages)
+        if end > done:
+            memory, *rest = carry
+            carry, kept = jax.lax.scan(see_and_act, (policy.grow(memory, end), *rest), jnp.arange(done, end))
+            parts, done = [*parts, kept], end
+    kept = jax.tree.map(lambda *x: jnp.moveaxis(jnp.concatenate(x), 0, 1), *parts)
     record, mask, reward, terminated, truncated, info = kept
     return Episodes(record, mask, reward, terminated.any(axis=1), truncated.any(axis=1), info)
 
 
-def play(key: jax.Array, env, policy: Policy, *, num_starts: int, num_steps: int, group_size: int = 1) -> Episodes:
+def play(
+    key: jax.Array,
+    env,
+    policy: Policy,
+    *,
+    num_starts: int,
+    num_steps: int,
+    group_size: int = 1,
+    stages: int = 1,
+) -> Episodes:
     """Plays `num_starts` starts `group_size` times each; row `p * group_size + g` is sample g of start p.
 
     Args:
       env: `reset(key) -> (state, observation)` and `step(key, state, action) -> (state, Step)` (`rollax.envs`).
       num_steps: K; an episode that is longer is cut, neither terminated nor truncated.
+      stages: see `play_rows`.
     """
     reset_key, *keys = jax.random.split(key, 3)
     row = jnp.arange(num_starts * group_size)
     # A group shares its start, and so what its policy makes of the first observation.
     start = repeat_rows(open_starts(reset_key, env, policy, num_starts), group_size)
-    return play_rows(tuple(keys), env, policy, start, row, jnp.ones(row.shape, bool), num_steps)
+    return play_rows(tuple(keys), env, policy, start, row, jnp.ones(row.shape, bool), num_steps, stages)
 
 
 class Trajectory(NamedTuple):
@@ -199,13 +218,23 @@ def language_policy(
     """A language model as a policy; its record is the columns of one turn of a `Trajectory`."""
     width = spec.max_observation
 
+    def slots_of(turns):
+        return turns * (width + spec.max_action)
+
     def begin(observation):
-        slots = spec.max_turns * (width + spec.max_action)
-        cache, first = start(model, params, observation.ids.shape[0], slots, prefix)
+        cache, first = start(model, params, observation.ids.shape[0], slots_of(1), prefix)
         positions = padded_positions(observation.length, width, first)
         return Memory(
             prefill(model, params, observation.ids, positions, cache, first), observation.ids, positions, None
         )
+
+    def grow(memory, turns):
+        context, rows = memory.context, memory.ids.shape[0]
+        room = model.init_cache(rows, slots_of(turns) + (0 if prefix is None else prefix.shape[0]))
+        cache = jax.tree.map(
+            lambda empty, old: jax.lax.dynamic_update_slice(empty, old, (0,) * old.ndim), room, context.cache
+        )
+        return memory._replace(context=context._replace(cache=cache))
 
     def see(memory, observation, alive):
         context = memory.context
@@ -243,7 +272,7 @@ def language_policy(
         sampled = (generation.tokens[:, -1:], positions[:, -1:])
         return generation.tokens, Memory(context, memory.ids, memory.positions, sampled), record
 
-    return Policy(begin, see, act)
+    return Policy(begin, see, act, grow)
 
 
 def rollout(
@@ -257,6 +286,7 @@ def rollout(
     sampling: Sampling | None = None,
     prefix: jax.Array | None = None,
     early_exit: bool = True,
+    stages: int = 1,
 ) -> Trajectory:
     """Episodes of a language model: `play` with `language_policy`, its turns side by side as columns of tokens.
 
@@ -264,12 +294,12 @@ def rollout(
       env: an environment of tokens (`rollax.envs`): `reset(key)`, `step(key, state, action)` and a `spec` with
         `max_observation` (T), `max_action` (A), `max_turns` (K), `stop_ids`, `pad_id`.
       sampling, prefix, early_exit: see `agents.generation`.
+      stages: sizes of the cache; a turn reads a cache that ends with its stage.
     """
     spec = env.spec
     policy = language_policy(model, params, spec, sampling=sampling, prefix=prefix, early_exit=early_exit)
-    return as_trajectory(
-        play(key, env, policy, num_starts=num_prompts, num_steps=spec.max_turns, group_size=group_size), spec
-    )
+    how = dict(num_starts=num_prompts, num_steps=spec.max_turns, group_size=group_size, stages=stages)
+    return as_trajectory(play(key, env, policy, **how), spec)
 
 
 def as_trajectory(played: Episodes, spec) -> Trajectory:

@@ -46,6 +46,8 @@ class Config:
     """Of a session."""
     width: int = 48
     """Of the transformer of two layers, that of the study openclaw_rl."""
+    stages: int = 3
+    """Sizes of our cache; the peers' has one."""
     alone: int = 8
     """Episodes of the peer that plays one after the other; its time is scaled to all."""
     repeats: int = 5
@@ -54,7 +56,7 @@ class Config:
     """JSON file; runs/benchmarks/multi_turn.json when empty."""
 
     def check(self) -> None:
-        for field in ("environments", "turns", "width", "alone", "repeats"):
+        for field in ("environments", "turns", "width", "stages", "alone", "repeats"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
         if self.alone > self.environments:
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     env = persona_chat(1.0, max_turns=config.turns)
     model = transformer(TransformerConfig(len(env.spec.vocab), config.width, num_layers=2, num_heads=4))
     params, key, N = model.init(jax.random.key(0)), jax.random.key(1), config.environments
-    ours = lambda params, key: rollout(key, model, params, env, num_prompts=N)  # noqa: E731
+    ours = lambda params, key: rollout(key, model, params, env, num_prompts=N, stages=config.stages)  # noqa: E731
     compiled, compile_ours = compile_timed(ours, params, key)
     batched, single = (host_sampler(model, plain_sessions(env), num_prompts=rows) for rows in (N, 1))
     wanted = jax.device_get(compiled(params, key))

@@ -99,6 +99,17 @@ def test_bookkeeping(max_turns):
     assert (trajectory.log_prob[~trajectory.mask] == 0).all()
 
 
+@pytest.mark.parametrize("stages", [2, 3, 9])
+def test_a_cache_that_grows_by_stages_changes_nothing(stages):
+    model, params = lm()
+    trajectory, prefix = played(5, (7, 3, 3, 1)), jnp.array([7, 3, 3, 1])
+    how = dict(num_prompts=6, group_size=4, prefix=prefix, sampling=Sampling(top_k=9))
+    ours = jax.jit(lambda k: rollout(k, model, params, echo(5), stages=stages, **how))(jax.random.key(3))
+    for name, x, y in zip(trajectory._fields, ours, trajectory, strict=True):
+        close = name in ("log_prob", "full_log_prob")
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * close, rtol=0), x, y)  # noqa: B023
+
+
 @pytest.mark.parametrize("prefix", [(), (7, 3, 3, 1)])
 @pytest.mark.parametrize("max_turns", [1, 3])
 def test_score_equals_sampler(max_turns, prefix):
