@@ -350,7 +350,7 @@ def make_train(config: Config, task: Task, kind: str = "budget", staged: bool = 
             "reward": (mean.mean() + 1) / 2,
             "rollouts": drawn.sum() / config.prompts,
             "rows computed": played_rows / config.prompts,
-            "dead groups": 1 - told["live rows"],
+            "dead groups": jnp.maximum(1 - told["live rows"], 0),  # the weights add up to 1 to a rounding
             "prior less mean": jnp.sqrt(jnp.mean((prior - mean) ** 2)),
             "tokens": mask.sum(),
         }
