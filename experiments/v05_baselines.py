@@ -35,6 +35,7 @@ class Numbers(NamedTuple):
     wide: int = 0  # WIDE times the prompts
     critic: int = 0  # a critic is "given", else a moving average
     learn_after: int = 0  # updates in which only the critic learns
+    alpha: float = 0.05  # of VAPO's lambda by length, 1 - 1 / (alpha n)
     cost: float = 1 / 256
     strength: float = 4.0
     floor: float = 0.1
