@@ -151,7 +151,9 @@ def test_attacks_stay_text(smollm2):
     assert chat.count(1) == 3 and chat.count(2) == 2
 
 
-@pytest.mark.parametrize(("dtype", "largest_gap"), [("float32", 1e-4), ("bfloat16", 0.45)])
+@pytest.mark.parametrize(
+    ("dtype", "largest_gap"), [("float32", 1e-4), pytest.param("bfloat16", 0.45, marks=pytest.mark.slow)]
+)
 def test_log_probs_of_generation_and_training(dtype, largest_gap, record_property):
     """Decoding with a cache rounds differently from one pass; 8 rows of 24 tokens say how much."""
     loaded = load_pretrained("smollm2", dtype=dtype)

@@ -71,10 +71,8 @@ def test_the_default_study_end_to_end(tmp_path, capsys):
     assert (folder / "report.md").read_text() == report
 
 
-@pytest.mark.parametrize(
-    "task",
-    [pytest.param("sorting", marks=pytest.mark.slow), "arithmetic", pytest.param("countdown", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sorting", "arithmetic", "countdown"])
 def test_every_task_of_the_transformer(tmp_path, task):
     argv = ("--model", "transformer", "--task", task, "--arms", "clip", "band_kl", "--kl-coefficient", "0.01")
     _, results = run(tmp_path, *argv, "--staleness", "1")
@@ -176,6 +174,7 @@ def test_rows_and_seeds_in_one_vmap_equal_single_runs():
         np.testing.assert_array_equal(metrics["reward"][row, seed], one["reward"])
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_equal_whole_ones():
     for aggregation in ("token_mean", "seq_mean_token_mean"):
         config = dataclasses.replace(SMALL, aggregation=aggregation, mini_batches=2)

@@ -56,7 +56,7 @@ def test_failed_points_are_listed(tmp_path, capsys):
     [
         ["--workers", "2"],
         ["--launcher", "slurm", "--slurm", "cluster=local", "timeout_min=5"],
-        ["--launcher", "ray"],
+        pytest.param(["--launcher", "ray"], marks=pytest.mark.slow),
     ],
     ids=lambda argv: argv[1],
 )
