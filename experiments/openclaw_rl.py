@@ -6,7 +6,7 @@ method, says that both together are better than either. Parts: `chat`, three use
 take a reply, all methods in one program; `talk`, a user who changes their mind; `asynchronous`, serving, judging and
 training side by side; `agents`, `minesweeper`, `sokoban`, long episodes with and without a reward for each step.
 
-    python experiments/openclaw_rl.py                                  # all parts but the boards, all claims
+    python experiments/openclaw_rl.py                                  # all parts, all claims
     python experiments/openclaw_rl.py --part chat --arms binary "hybrid v2" --seeds 4
 
 Results come to runs/openclaw_rl/NAME/: report.html, results.json, figures, metrics as JSON lines and Parquet.
@@ -51,7 +51,7 @@ class Config(Options):
     """The study. `PRESETS` replaces some of these defaults for each part."""
 
     part: str = "all"
-    """chat, talk, asynchronous, agents, or all of these; minesweeper or sokoban, which take longer."""
+    """chat, talk, asynchronous, agents, minesweeper, sokoban, or all of these."""
     arms: tuple[str, ...] = ()
     """Rows of the part; all when empty."""
     seeds: int = 10
@@ -157,7 +157,7 @@ class Config(Options):
             raise ValueError(f"chunk: expected a divisor of updates={self.updates}, got {self.chunk}")
 
 
-BOARD = dict(seeds=5, updates=40, chunk=20, tasks=4, eval_prompts=128, base_batch=32, base_steps=500, width=32)
+BOARD = dict(updates=100, chunk=20, tasks=4, eval_prompts=128, base_batch=32, base_steps=500, width=32)
 PRESETS: dict[str, dict[str, Any]] = {
     "chat": {},
     "talk": dict(updates=64),
@@ -505,7 +505,7 @@ def pleased_share(told: dict[str, np.ndarray], window: int = 8) -> np.ndarray:
 def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     """The command line, read once for each part over the defaults of its preset; by the part's name."""
     part = parse(Config(), __doc__, argv, check=False).part
-    parts = tuple(p for p in PARTS if p not in BOARDS) if part == "all" else (part,)
+    parts = PARTS if part == "all" else (part,)
     configs = {}
     for part in parts:
         default = Config(**{"part": part} | PRESETS.get(part, {}))

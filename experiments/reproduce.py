@@ -5,8 +5,9 @@
     python -m rollax.experiments.reproduce --smoke              # seconds a study: does everything run?
     python -m rollax.experiments.reproduce --table              # runs nothing, writes the table of what has run
 
-A run is named after the commit, so it is resumed or read if it exists, and runs anew when the code has changed. Studies
-that have no run here keep the lines that they have.
+A run is named after the commit, so it is resumed or read if it exists, and runs anew when the code has changed. Of each
+part of a study the latest run counts, also one started by hand under a name that begins with "reproduce-". Parts that
+have no run here keep the lines that they have.
 """
 
 import dataclasses
@@ -74,35 +75,34 @@ def run(name: str, asked_for: Reproduce) -> int:
 
 
 def lines_of(name: str, asked_for: Reproduce) -> list[list[str]]:
-    """The verdicts of a study's latest finished run, a line each."""
+    """The verdicts of each part of a study in its latest finished run, a line each."""
     kind = "smoke-*" if asked_for.smoke else "reproduce-*"
-    finished = [path.parent for path in (Path(asked_for.runs) / name).glob(f"{kind}/results.json")]
-    if not finished:
-        return []
-    folder = max(finished, key=lambda path: (path / "results.json").stat().st_mtime)
-    results, versions = (RunFolder.read(folder, file) for file in ("results.json", "versions.json"))
-    commit = (versions["commit"] or "unknown")[:10] + (", changed" if versions["uncommitted"] else "")
-    where = [f"`{shlex.join(versions['command'])}`", versions["started"][:10], commit]
-    lines = []
-    for label, part in results.items():
-        for claim in part["claims"]:
-            verdict = Verdict(**{field: float("nan") if value is None else value for field, value in claim.items()})
-            numbers = [f"{effect_and_interval(verdict)} {verdict.unit}".strip(), asked(verdict), str(verdict.seeds)]
-            paper = f"{load_study(name).title}, {label}"
-            lines.append([paper, verdict.name, verdict.statement, verdict.verdict, *numbers, *where])
-    return lines
+    finished = (Path(asked_for.runs) / name).glob(f"{kind}/results.json")
+    parts: dict[str, list[list[str]]] = {}
+    for folder in sorted((path.parent for path in finished), key=lambda at: (at / "results.json").stat().st_mtime):
+        results, versions = (RunFolder.read(folder, file) for file in ("results.json", "versions.json"))
+        commit = (versions["commit"] or "unknown")[:10] + (", changed" if versions["uncommitted"] else "")
+        where = [f"`{shlex.join(versions['command'])}`", versions["started"][:10], commit]
+        for label, part in results.items():
+            parts[label] = []
+            for claim in part["claims"]:
+                verdict = Verdict(**{field: float("nan") if value is None else value for field, value in claim.items()})
+                numbers = [f"{effect_and_interval(verdict)} {verdict.unit}".strip(), asked(verdict), str(verdict.seeds)]
+                paper = f"{load_study(name).title}, {label}"
+                parts[label].append([paper, verdict.name, verdict.statement, verdict.verdict, *numbers, *where])
+    return [line for lines in parts.values() for line in lines]
 
 
 def with_kept(lines: list[list[str]], table: Path) -> list[list[str]]:
-    """The lines of an older table whose study has none among `lines`, and these, in the order of the studies."""
+    """The lines of an older table whose part of a study has none among `lines`, and these, in the studies' order."""
     written = table.read_text().splitlines() if table.is_file() else []
     plain = lambda cell: cell.replace(r"\|", "|").replace(r"\<", "<")  # noqa: E731
     rows = [[plain(c) for c in line.removeprefix("| ").removesuffix(" |").split(" | ")] for line in written]
     kept = [row for row in rows if len(row) == len(HEAD) and row[0] not in (HEAD[0], "---")]
     order = [load_study(name).title for name in study_names()]
     title = lambda line: line[0].rsplit(", ", 1)[0]  # noqa: E731
-    ran = {title(line) for line in lines}
-    lines = [line for line in kept if title(line) not in ran and title(line) in order] + lines
+    ran = {line[0] for line in lines}
+    lines = [line for line in kept if line[0] not in ran and title(line) in order] + lines
     return sorted(lines, key=lambda line: order.index(title(line)))
 
 

@@ -1,10 +1,14 @@
 """`python -m rollax.experiments.reproduce`: every study runs, and one table comes of the JSON files."""
 
+import dataclasses
 import json
+import os
 
+import numpy as np
 import pytest
 
 from rollax.experiments import reproduce
+from rollax.experiments.harness.claims import Claim, judge
 from rollax.experiments.harness.study import study_names
 
 QUICK = ("ppo_cartpole", "v05")  # the others have tests of their own
@@ -48,17 +52,39 @@ def test_what_is_wrong_gets_one_line(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_of_each_part_the_latest_run_counts(tmp_path):
+    claim, effects = Claim("R", "says", lambda effects: effects, unit="reward"), np.array([1.0, 1.5])
+    verdict = dataclasses.asdict(judge(claim, effects))
+    for age, (name, parts) in enumerate(
+        {"reproduce-b": "xy", "reproduce-a": "yz", "smoke-c": "x", "mine": "x"}.items()
+    ):
+        folder = tmp_path / "bandpo" / name
+        folder.mkdir(parents=True)
+        claims = {part: {"claims": [verdict | {"name": f"{name} {part}"}]} for part in parts}
+        (folder / "results.json").write_text(json.dumps(claims))
+        os.utime(folder / "results.json", (age, age))
+        versions = {"commit": 40 * name[-1], "uncommitted": False, "command": ["run", name], "started": "2026-01-01T00"}
+        (folder / "versions.json").write_text(json.dumps(versions))
+    lines = reproduce.lines_of("bandpo", reproduce.Reproduce(runs=str(tmp_path)))
+    assert [(line[0].rsplit(", ", 1)[1], line[1], line[7], line[9]) for line in lines] == [
+        ("x", "reproduce-b x", "`run reproduce-b`", 10 * "b"),
+        ("y", "reproduce-a y", "`run reproduce-a`", 10 * "a"),
+        ("z", "reproduce-a z", "`run reproduce-a`", 10 * "a"),
+    ]
+
+
 def test_lines_of_studies_without_a_run_stay(tmp_path):
-    """A line is replaced by its study's new ones, whatever its cells hold; studies that are gone leave the table."""
+    """A line is replaced by its part's new ones, whatever its cells hold; studies that are gone leave the table."""
     line = lambda study, claim, says: [f"{study} (arXiv 1), x", claim, says, *"1234567"]  # noqa: E731
     bandpo, ppo = (reproduce.load_study(name).title for name in ("bandpo", "ppo_cartpole"))
     kept = [f"{bandpo}, tabular", "R1", "a | b <i>, a < b", *"1234567"]
+    other = [f"{ppo}, another part", "P3", "stays", *"1234567"]
     old = [f"{ppo}, ppo", "P1", "old", *"1234567"]
     table = tmp_path / "RESULTS.md"
-    table.write_text(reproduce.page([kept, old, line("Gone", "G1", "gone")], False))
+    table.write_text(reproduce.page([kept, old, other, line("Gone", "G1", "gone")], False))
     new = [f"{ppo}, ppo", "P2", "new", *"1234567"]
     lines = reproduce.with_kept([new], table)
-    assert lines == [kept, new]
+    assert lines == [kept, other, new]
     table.write_text(reproduce.page(lines, False))
-    assert reproduce.with_kept([new], table) == [kept, new]
+    assert reproduce.with_kept([new], table) == [kept, other, new]
     assert reproduce.with_kept([new], tmp_path / "none.md") == [new]
