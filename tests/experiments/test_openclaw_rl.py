@@ -466,7 +466,7 @@ def test_bad_options_get_one_line(argv, words, capsys):
 
 
 def test_the_parts_have_their_presets():
-    assert list(openclaw.configs_of([])) == ["chat", "talk", "asynchronous", "agents"]
+    assert list(openclaw.configs_of([])) == ["chat", "talk", "asynchronous", "agents", "minesweeper", "sokoban"]
     assert openclaw.configs_of(["--bench", "shop"])["agents"].bench == "shop"
     for board in ("minesweeper", "sokoban"):  # its bench, whatever is said
         assert openclaw.configs_of(["--part", board, "--bench", "shop"])[board].bench == board
