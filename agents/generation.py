@@ -3,7 +3,7 @@
 Every row has its own key, and a draw depends on that key and on the number of tokens sampled so far, on nothing else:
 padding, the other rows and the sharding do not change what a row says. The log-probs are those of the training forward
 to 1e-4 nats in float32; in bfloat16, where a cache rounds otherwise, they were up to 0.31 nats apart on SmolLM2-135M
-(`pytest -s tests/agents/test_smollm2.py -k generation_and`).
+(`pytest -s -m "" tests/agents/test_smollm2.py -k generation_and`).
 """
 
 from typing import Any, NamedTuple

@@ -53,22 +53,21 @@ def host_sampler(
         language_policy, model, spec=spec, sampling=sampling, prefix=prefix, early_exit=early_exit
     )
 
-    def act(policy, memory, keys, alive, grow=lambda memory, turns: memory):
-        action, memory, record = policy.act(keys, memory, alive)
-        memory = grow(memory, spec.max_turns)
-        # The cache is most of the memory: taken out, so that the next turn may change it in place.
-        cache, context = memory.context.cache, memory.context._replace(cache=None)
-        return action, record, cache, memory._replace(context=context)
+    def apart(action, memory, record):
+        """The cache, most of the memory, taken out of it, so that the next turn may change it in place."""
+        context = memory.context
+        return action, record, context.cache, memory._replace(context=context._replace(cache=None))
 
     @jax.jit
     def first_turn(params, observation, keys, alive):
-        memory = repeat_rows(policy(params).begin(observation), group_size)
-        return act(policy(params), memory, keys, alive, policy(params).grow)
+        own = policy(params)
+        action, memory, record = own.act(keys, repeat_rows(own.begin(observation), group_size), alive)
+        return apart(action, own.grow(memory, spec.max_turns), record)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def next_turn(params, cache, memory, observation, keys, alive):
-        memory = memory._replace(context=memory.context._replace(cache=cache))
-        return act(policy(params), policy(params).see(memory, observation, alive), keys, alive)
+        own, memory = policy(params), memory._replace(context=memory.context._replace(cache=cache))
+        return apart(*own.act(keys, own.see(memory, observation, alive), alive))
 
     def sample(key, params, first=0):
         reset_keys, sample_keys, step_keys = keys_of(key, first, num_prompts, group_size, spec.max_turns)

@@ -25,7 +25,7 @@ class Policy(NamedTuple):
       see: `see(memory, observation, alive [N]) -> memory`, of the observations that follow.
       act: `act(keys [N], memory, alive) -> (action [N, ...], memory, record [N, ...])`; the record is kept.
       grow: `grow(memory, steps) -> memory` with room for so many steps from the beginning, static; `begin` makes room
-        for one. As it is for a memory that does not grow.
+        for one. Returns the memory unchanged where it does not grow.
     """
 
     begin: Callable[[Any], Any]
@@ -117,8 +117,13 @@ def play_rows(
       row: int `[N]`.
       alive: bool `[N]`, the others are not played.
       num_steps: K; an episode that is longer is cut, neither terminated nor truncated.
-      stages: in so many parts the memory grows, each a loop that is compiled on its own: what is empty is not read.
+      stages: the steps after the first run in so many loops, each compiled on its own with a memory that ends where the
+        loop does: less of what is empty is read. To grow holds two memories for a moment.
+    Raises:
+      ValueError: stages below 1.
     """
+    if stages < 1:
+        raise ValueError(f"stages: expected at least 1, got {stages}")
     sample_keys, step_keys = (jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row) for key in keys)
     at_step = jax.vmap(jax.random.fold_in, in_axes=(0, None))
 
@@ -215,7 +220,10 @@ def language_policy(
     prefix: jax.Array | None = None,
     early_exit: bool = True,
 ) -> Policy:
-    """A language model as a policy; its record is the columns of one turn of a `Trajectory`."""
+    """A language model as a policy; its record is the columns of one turn of a `Trajectory`.
+
+    Its cache holds one turn until `grow` is called, which has to be before the second.
+    """
     width = spec.max_observation
 
     def slots_of(turns):
@@ -294,7 +302,7 @@ def rollout(
       env: an environment of tokens (`rollax.envs`): `reset(key)`, `step(key, state, action)` and a `spec` with
         `max_observation` (T), `max_action` (A), `max_turns` (K), `stop_ids`, `pad_id`.
       sampling, prefix, early_exit: see `agents.generation`.
-      stages: sizes of the cache; a turn reads a cache that ends with its stage.
+      stages: how often the cache grows after the first turn, see `play_rows`; 1 compiles fastest.
     """
     spec = env.spec
     policy = language_policy(model, params, spec, sampling=sampling, prefix=prefix, early_exit=early_exit)
@@ -501,14 +509,16 @@ def score(
     Returns:
       (log_prob, entropy), float32 `[N, S]`, nats, 0 outside `trajectory.mask`.
     Raises:
-      ValueError: a `group_size` that does not divide the rows, or beside a `group`; a `group` of another shape, or
-        without a number of groups.
+      ValueError: a `group_size` that does not divide the rows, or beside a `group`; a `group` of another shape; one of
+        `group` and `num_groups` without the other.
     """
     spec = env.spec
     rows, slots = trajectory.tokens.shape
     width = spec.max_observation
     if rows % group_size:
         raise ValueError(f"group_size: expected a divisor of the {rows} rows, got {group_size}")
+    if group is None and num_groups:
+        raise ValueError(f"group: expected the groups of the rows beside num_groups={num_groups}, got None")
     if group is None:
         num_groups, first = rows // group_size, slice(None, None, group_size)
         spread = functools.partial(repeat_rows, times=group_size)
@@ -518,7 +528,8 @@ def score(
                 f"group, num_groups: expected [{rows}] and at least 1, without a group_size, got {group.shape}, "
                 f"{num_groups} and group_size={group_size}"
             )
-        first = jax.ops.segment_min(jnp.arange(rows), group, num_groups)
+        # Of a group without rows any row does, and nothing reads it.
+        first = jnp.minimum(jax.ops.segment_min(jnp.arange(rows), group, num_groups), rows - 1)
         spread = functools.partial(take_rows, index=group)
 
     starts = jax.tree.map(lambda x: x[first, :width], (trajectory.tokens, trajectory.positions))

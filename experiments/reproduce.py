@@ -6,8 +6,8 @@
     python -m rollax.experiments.reproduce --table              # runs nothing, writes the table of what has run
 
 A run is named after the commit, so it is resumed or read if it exists, and runs anew when the code has changed. Of each
-part of a study the latest run counts, also one started by hand under a name that begins with "reproduce-". Parts that
-have no run here keep the lines that they have.
+part of a study the run that began last counts, also one started by hand under a name that begins with "reproduce-": of
+whole parts, for all lines of a part are replaced. Parts that have no run here keep the lines that they have.
 """
 
 import dataclasses
@@ -66,44 +66,58 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(name: str, asked_for: Reproduce) -> int:
     """Trains a study in a process of its own, or goes on where it stopped; its exit status."""
-    commit, changed = git_state()
-    words = ["smoke" if asked_for.smoke else "reproduce", (commit or "unknown")[:10], *["changed"] * changed]
     command = [sys.executable, "-m", f"rollax.experiments.{name}", "--runs", asked_for.runs]
-    command += ["--name", "-".join(words), "--resume", *(load_study(name).smoke if asked_for.smoke else ())]
+    command += ["--name", run_name(asked_for.smoke), "--resume", *(load_study(name).smoke if asked_for.smoke else ())]
     print(f"==> {name}", flush=True)
     return subprocess.run(command, check=False).returncode
 
 
+def run_name(smoke: bool) -> str:
+    commit, changed = git_state()
+    return "-".join(["smoke" if smoke else "reproduce", (commit or "unknown")[:10], *["changed"] * changed])
+
+
+def parts_of(name: str) -> list[str]:
+    """The parts that a study has by default, as its lines name them."""
+    study = load_study(name)
+    return [f"{study.title}, {label}" for label in study.configs([])]
+
+
 def lines_of(name: str, asked_for: Reproduce) -> list[list[str]]:
     """The verdicts of each part of a study in its latest finished run, a line each."""
-    kind = "smoke-*" if asked_for.smoke else "reproduce-*"
-    finished = (Path(asked_for.runs) / name).glob(f"{kind}/results.json")
+    kind = run_name(smoke=True) if asked_for.smoke else "reproduce-*"
+    finished = [path.parent for path in (Path(asked_for.runs) / name).glob(f"{kind}/results.json")]
+    read = [[RunFolder.read(folder, file) for file in ("results.json", "versions.json")] for folder in finished]
     parts: dict[str, list[list[str]]] = {}
-    for folder in sorted((path.parent for path in finished), key=lambda at: (at / "results.json").stat().st_mtime):
-        results, versions = (RunFolder.read(folder, file) for file in ("results.json", "versions.json"))
+    for results, versions in sorted(read, key=lambda both: both[1]["started"]):
         commit = (versions["commit"] or "unknown")[:10] + (", changed" if versions["uncommitted"] else "")
         where = [f"`{shlex.join(versions['command'])}`", versions["started"][:10], commit]
         for label, part in results.items():
-            parts[label] = []
+            lines = []
             for claim in part["claims"]:
                 verdict = Verdict(**{field: float("nan") if value is None else value for field, value in claim.items()})
                 numbers = [f"{effect_and_interval(verdict)} {verdict.unit}".strip(), asked(verdict), str(verdict.seeds)]
                 paper = f"{load_study(name).title}, {label}"
-                parts[label].append([paper, verdict.name, verdict.statement, verdict.verdict, *numbers, *where])
+                lines.append([paper, verdict.name, verdict.statement, verdict.verdict, *numbers, *where])
+            if lines:
+                parts[label] = lines
     return [line for lines in parts.values() for line in lines]
 
 
 def with_kept(lines: list[list[str]], table: Path) -> list[list[str]]:
-    """The lines of an older table whose part of a study has none among `lines`, and these, in the studies' order."""
+    """The lines of an older table whose part has none among `lines`, and these, in the order of studies and parts."""
     written = table.read_text().splitlines() if table.is_file() else []
     plain = lambda cell: cell.replace(r"\|", "|").replace(r"\<", "<")  # noqa: E731
     rows = [[plain(c) for c in line.removeprefix("| ").removesuffix(" |").split(" | ")] for line in written]
     kept = [row for row in rows if len(row) == len(HEAD) and row[0] not in (HEAD[0], "---")]
-    order = [load_study(name).title for name in study_names()]
-    title = lambda line: line[0].rsplit(", ", 1)[0]  # noqa: E731
-    ran = {line[0] for line in lines}
-    lines = [line for line in kept if line[0] not in ran and title(line) in order] + lines
-    return sorted(lines, key=lambda line: order.index(title(line)))
+    order = [part for name in study_names() for part in parts_of(name)]
+    ran = list(dict.fromkeys(line[0] for line in lines))
+    title = lambda part: part.rsplit(", ", 1)[0]  # noqa: E731
+    for part in ran:  # that no study has by default: behind the others of its study
+        if part not in order:
+            order.insert(max(i + 1 for i, known in enumerate(order) if title(known) == title(part)), part)
+    lines = [line for line in kept if line[0] in order and line[0] not in ran] + lines
+    return sorted(lines, key=lambda line: order.index(line[0]))
 
 
 def page(lines: Sequence[Sequence[str]], smoke: bool) -> str:

@@ -47,7 +47,7 @@ class Config:
     width: int = 48
     """Of the transformer of two layers, that of the study openclaw_rl."""
     stages: int = 3
-    """Sizes of our cache; the peers' has one."""
+    """How often our cache grows after the first turn; the peers' grows once."""
     alone: int = 8
     """Episodes of the peer that plays one after the other; its time is scaled to all."""
     repeats: int = 5

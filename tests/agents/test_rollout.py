@@ -110,6 +110,36 @@ def test_a_cache_that_grows_by_stages_changes_nothing(stages):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * close, rtol=0), x, y)  # noqa: B023
 
 
+@pytest.mark.parametrize(("stages", "turns"), [(1, [1, 8]), (3, [1, 3, 6, 8]), (8, [*range(1, 9)])])
+def test_the_cache_has_room_for_the_turns_of_a_stage(stages, turns):
+    model, params = lm()
+    rooms = set()
+
+    def init_cache(batch, slots, dtype=None):
+        rooms.add(slots)
+        return model.init_cache(batch, slots, dtype)
+
+    watched = model._replace(init_cache=init_cache)
+    key = jax.random.key(0)
+    jax.eval_shape(lambda k: rollout(k, watched, params, echo(8), num_prompts=2, stages=stages), key)
+    width = echo(8).spec.max_observation + echo(8).spec.max_action
+    assert rooms == {turn * width for turn in turns}
+
+
+def test_a_group_computes_its_first_observation_once():
+    model, params = lm()
+    rows = []
+
+    def hidden(params, tokens, *rest):
+        rows.append(tokens.shape)
+        return model.hidden(params, tokens, *rest)
+
+    how = dict(group=jnp.array([1, 0, 1, 2, 2, 1]), num_groups=3)
+    some = jax.tree.map(lambda x: x[:6], played(3))
+    jax.eval_shape(lambda p: score(model._replace(hidden=hidden), p, some, echo(3), **how), params)
+    assert rows[0] == (3, echo(3).spec.max_observation) and rows[1][0] == 6
+
+
 @pytest.mark.parametrize("prefix", [(), (7, 3, 3, 1)])
 @pytest.mark.parametrize("max_turns", [1, 3])
 def test_score_equals_sampler(max_turns, prefix):
@@ -271,6 +301,13 @@ def test_bad_input():
         score(model, params, played(1), echo(1), group_size=5)
     with pytest.raises(ValueError, match=r"group, num_groups.*\[24\].*\(23,\)"):
         score(model, params, played(1), echo(1), group=jnp.zeros(23, int), num_groups=1)
+    for how in (dict(group_size=2, num_groups=1), dict(num_groups=0)):
+        with pytest.raises(ValueError, match=r"group, num_groups: expected \[24\] and at least 1"):
+            score(model, params, played(1), echo(1), group=jnp.zeros(24, int), **how)
+    with pytest.raises(ValueError, match=r"group: expected.*num_groups=6"):
+        score(model, params, played(1), echo(1), num_groups=6)
+    with pytest.raises(ValueError, match=r"stages.*1.*0"):
+        rollout(jax.random.key(0), model, params, echo(3), num_prompts=2, stages=0)
     with pytest.raises(ValueError, match=r"logits.*\[P, T, V\].*\(3,\)"):
         tabular(jnp.zeros(3))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import numpy as np
 import pytest
@@ -62,8 +61,12 @@ def test_of_each_part_the_latest_run_counts(tmp_path):
         folder.mkdir(parents=True)
         claims = {part: {"claims": [verdict | {"name": f"{name} {part}"}]} for part in parts}
         (folder / "results.json").write_text(json.dumps(claims))
-        os.utime(folder / "results.json", (age, age))
-        versions = {"commit": 40 * name[-1], "uncommitted": False, "command": ["run", name], "started": "2026-01-01T00"}
+        versions = {
+            "commit": 40 * name[-1],
+            "uncommitted": False,
+            "command": ["run", name],
+            "started": f"2026-01-0{age + 1}",
+        }
         (folder / "versions.json").write_text(json.dumps(versions))
     lines = reproduce.lines_of("bandpo", reproduce.Reproduce(runs=str(tmp_path)))
     assert [(line[0].rsplit(", ", 1)[1], line[1], line[7], line[9]) for line in lines] == [
@@ -74,17 +77,20 @@ def test_of_each_part_the_latest_run_counts(tmp_path):
 
 
 def test_lines_of_studies_without_a_run_stay(tmp_path):
-    """A line is replaced by its part's new ones, whatever its cells hold; studies that are gone leave the table."""
+    """A line is replaced by its part's new ones, whatever its cells hold; what is gone leaves the table."""
     line = lambda study, claim, says: [f"{study} (arXiv 1), x", claim, says, *"1234567"]  # noqa: E731
-    bandpo, ppo = (reproduce.load_study(name).title for name in ("bandpo", "ppo_cartpole"))
-    kept = [f"{bandpo}, tabular", "R1", "a | b <i>, a < b", *"1234567"]
-    other = [f"{ppo}, another part", "P3", "stays", *"1234567"]
-    old = [f"{ppo}, ppo", "P1", "old", *"1234567"]
+    (first, part, *_), (ppo, *_) = (reproduce.parts_of(name) for name in ("bandpo", "ppo_cartpole"))
+    kept = [first, "R1", "a | b <i>, a < b", *"1234567"]
+    old = [part, "P1", "old", *"1234567"]
+    other = [ppo, "P3", "stays", *"1234567"]
+    dropped = [f"{part} of old", "P4", "a part that is gone", *"1234567"]
     table = tmp_path / "RESULTS.md"
-    table.write_text(reproduce.page([kept, old, other, line("Gone", "G1", "gone")], False))
-    new = [f"{ppo}, ppo", "P2", "new", *"1234567"]
+    table.write_text(reproduce.page([old, dropped, other, kept, line("Gone", "G1", "gone")], False))
+    new = [part, "P2", "new", *"1234567"]
     lines = reproduce.with_kept([new], table)
-    assert lines == [kept, other, new]
+    assert lines == [kept, new, other]
     table.write_text(reproduce.page(lines, False))
-    assert reproduce.with_kept([new], table) == [kept, other, new]
+    assert reproduce.with_kept([new], table) == [kept, new, other]
     assert reproduce.with_kept([new], tmp_path / "none.md") == [new]
+    special = [f"{part} and more", "P5", "by hand", *"1234567"]  # of a part that does not run by default
+    assert reproduce.with_kept([special], table)[2] == special

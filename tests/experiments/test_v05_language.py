@@ -1,6 +1,7 @@
 """V_0.5 with language models: its budgets, its two ways to run them, what it reads of prompts, and its measures."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +111,13 @@ def test_critics_learn_what_the_policy_earns_and_the_policy_learns_from_them(tas
     assert jax.tree.leaves(state.critic)[0].size and np.abs(state.critic["value"]["kernel"]).max() > 0
     advance = jax.jit(train.advance)
     after = {}
-    for arm in ("ppo_4", "vapo_4"):
+    for arm in ("ppo_4", "vapo_4", "vapo_4, alpha 1"):
         after[arm], told = advance(state, jax.tree.map(jnp.asarray, language.APART[arm]._replace(lr=1e-3)))
         assert np.isfinite(told["gradient norm"]).all() and (told["gradient norm"] > 0).all()
         assert (told["rollouts"] == 4).all()
-    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), after["ppo_4"].params, after["vapo_4"].params)
-    assert max(jax.tree.leaves(apart)) > 0
+    for one, other in itertools.combinations(after, 2):
+        apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), after[one].params, after[other].params)
+        assert max(jax.tree.leaves(apart)) > 0, (one, other)
 
 
 def test_measures_of_rollouts():
