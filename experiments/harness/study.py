@@ -193,11 +193,13 @@ def verdicts(study: Study, results: Results, looks: int = 1) -> list[Verdict]:
 def section_of(study: Study, label: str, results: Results, judged: Sequence[Verdict], episodes=()) -> Section:
     rows = list(results.train)
     seeds = next(iter(results.train[rows[0]].values())).shape[0]
-    lines = [[row, *(cell(f(results, row)) for f in study.columns.values())] for row in rows]
+    columns = {name: [cell(f(results, row)) for row in rows] for name, f in study.columns.items()}
+    # Parts of a study share their columns: one that no row of this part has is left out.
+    columns = {name: cells for name, cells in columns.items() if any(text != "-" for text in cells)}
     return Section(
         label=label,
         title=f"{label}: mean ± half the 95 % interval over {seeds} seeds" if seeds > 1 else f"{label}: one seed",
-        table=Table(["arm", *study.columns], lines),
+        table=Table(["arm", *columns], [list(line) for line in zip(rows, *columns.values(), strict=True)]),
         verdicts=judged,
         panels=study.panels(results),
         order=study.order,

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from rollax.experiments.harness import study
+from rollax.experiments.harness.loop import Results, final
 
 spec = importlib.util.spec_from_file_location("toy_study", Path(__file__).parent / "toy_study.py")
 toy = importlib.util.module_from_spec(spec)
@@ -41,6 +42,19 @@ def test_from_command_line_to_report(tmp_path, capsys):
         study.main(toy.STUDY, argv)
     assert "already holds one" in capsys.readouterr().err
     assert len((folder / "report.html").read_bytes()) == pytest.approx(len(report), rel=0.1)
+
+
+def test_a_column_that_no_row_has_is_left_out():
+    reward = {row: {"reward": np.ones((3, 2))} for row in ("plain", "lazy")}
+    columns = {
+        "reward": final,
+        "nowhere": lambda results, row: np.full(3, np.nan),
+        "somewhere": lambda results, row: np.full(3, np.nan if row == "lazy" else 2.0),
+    }
+    one = toy.STUDY._replace(columns=columns)
+    table = study.section_of(one, "toy", Results(reward, reward, np.array([0, 1]), {}), []).table
+    assert table.head == ["arm", "reward", "somewhere"]
+    assert table.lines == [["plain", "1.000 ± 0.000", "2.000 ± 0.000"], ["lazy", "1.000 ± 0.000", "-"]]
 
 
 def test_wrong_sinks_cost_nothing(tmp_path, capsys):
