@@ -52,7 +52,9 @@ def test_a_column_that_no_row_has_is_left_out():
         "somewhere": lambda results, row: np.full(3, np.nan if row == "lazy" else 2.0),
     }
     one = toy.STUDY._replace(columns=columns)
-    table = study.section_of(one, "toy", Results(reward, reward, np.array([0, 1]), {}), []).table
+    table = study.section_of(
+        one, "toy", Results(reward, reward, np.array([0, 1]), {"train and evaluate": 1.0}), []
+    ).table
     assert table.head == ["arm", "reward", "somewhere"]
     assert table.lines == [["plain", "1.000 ± 0.000", "2.000 ± 0.000"], ["lazy", "1.000 ± 0.000", "-"]]
 
