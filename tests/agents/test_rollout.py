@@ -99,7 +99,7 @@ def test_bookkeeping(max_turns):
     assert (trajectory.log_prob[~trajectory.mask] == 0).all()
 
 
-@pytest.mark.parametrize("stages", [2, 3, 9])
+@pytest.mark.parametrize("stages", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_cache_that_grows_by_stages_changes_nothing(stages):
     model, params = lm()
     trajectory, prefix = played(5, (7, 3, 3, 1)), jnp.array([7, 3, 3, 1])
@@ -378,6 +378,7 @@ def test_rounds_outside_the_program_are_the_same_and_compile_once_a_size():
     assert len(traced) <= 1 + 4  # the beginning, and sizes 1, 2, 3 and 6
 
 
+@pytest.mark.slow
 def test_seeds_of_sequential_rollouts_in_one_vmap():
     run = sampler(buckets=(PROMPTS,))
     keys = jax.random.split(jax.random.key(5), 2)

@@ -348,6 +348,7 @@ def world_task(key):
     return states.reshape(-1, TOKENS, 4), hits.mean(axis=1), rate
 
 
+@pytest.mark.slow
 def test_it_learns_to_read_policies(pretrained):
     """On unseen policies and prompts, the trained adapter ranks better than the fresh one beside the same head."""
     params = jax.jit(partial(v0_init, config=WORLD))(jax.random.key(0))

@@ -62,6 +62,7 @@ def test_env_steps(tmp_path):
         assert 0.02 < row["notes"]["share_of_steps_that_end"]["ours"] < 0.1
 
 
+@pytest.mark.slow
 def test_board_steps(tmp_path):
     out = tmp_path / "out.json"
     size = ["--num-envs", "2", "--steps", "401", "--levels", "3", "--repeats", "2", "--out", str(out)]
@@ -73,6 +74,7 @@ def test_board_steps(tmp_path):
     assert ends[0] < 0.02 and 0.03 < ends[1] < 0.3  # at the horizon; at the tenth cell or so
 
 
+@pytest.mark.slow
 def test_multi_turn(tmp_path):
     """The two peers play the same episodes as the one program; else it raises."""
     out = tmp_path / "out.json"
@@ -120,6 +122,7 @@ def test_agreement_counts_whole_rows():
     assert generation.agreement(ours, np.array([[1, 2, 3], [4, 5, 7]])) == 0.5
 
 
+@pytest.mark.slow
 def test_ppo(tmp_path):
     config = ppo.Config(seeds=2, updates=1, repeats=1)
     study = ppo_cartpole.Config(seeds=2, updates=1, num_envs=4, steps=8, passes=1, mini_batches=1, width=8)
@@ -211,6 +214,7 @@ def test_an_interpreter_that_has_the_modules_is_taken_as_it_is():
         peer.interpreter(peer.Peer("none", ("json",), ()), "no-such-python")
 
 
+@pytest.mark.slow
 def test_checkpoints(tmp_path):
     out = tmp_path / "out.json"
     tiny = ["--megabytes", "2", "--repeats", "1", "--runs", "1", "--updates", "6", "--seeds", "2", "--save-every", "0"]

@@ -387,7 +387,7 @@ def test_buckets_without_a_signal_are_counted():
 
 @pytest.mark.parametrize(
     "bench",
-    ["household", "sokoban", *(pytest.param(bench, marks=pytest.mark.slow) for bench in ("shop", "minesweeper"))],
+    ["household", *(pytest.param(bench, marks=pytest.mark.slow) for bench in ("shop", "minesweeper", "sokoban"))],
 )
 def test_agents_train_and_are_watched(bench):
     config = dataclasses.replace(

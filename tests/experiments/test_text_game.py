@@ -106,6 +106,7 @@ def test_a_chat_model_reads_its_own_template():
         assert played.terminated[row] and played.reward[row].sum() == 2
 
 
+@pytest.mark.slow
 def test_a_chat_model_learns_too():
     """A rollout with a prefix, a gradient step and another rollout."""
     curve, episode = run(chat_config(CHAT_MODEL, "--updates", "1"), Slow)

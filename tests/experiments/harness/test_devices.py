@@ -360,6 +360,7 @@ def assert_as_one_process(tmp_path, name):
 
 @eight
 @pytest.mark.timeout(3 * SECONDS)
+@pytest.mark.slow
 def test_ray_starts_the_processes_of_a_run(tmp_path, monkeypatch):
     """An embedded cluster of two workers: the results are those of one process, and an error is each worker's line."""
     pytest.importorskip("ray")
