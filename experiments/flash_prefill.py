@@ -56,7 +56,16 @@ from rollax.experiments.sparse_tasks import (
     planted_head,
     recall_sequence,
 )
-from rollax.kernels.flash_prefill import FlashPrefillConfig, dense_attention, density, flash_prefill
+from rollax.kernels.flash_prefill import (
+    FlashPrefillConfig,
+    block_energy,
+    dense_attention,
+    dense_mask,
+    density,
+    flash_prefill,
+    mean_pool,
+    score,
+)
 
 PARTS = ("planted", "recall")
 INF = float("inf")
@@ -176,6 +185,18 @@ def relative_error(out, exact):
     return jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
 
 
+def correlation(score, mass, visible):
+    """Pearson's, over the visible blocks of each tile of queries, mean over heads and tiles.
+
+    Args:
+      score, mass: `[HQ, n, n]`; visible: bool `[n, n]`. A tile where one of them is the same everywhere does not count.
+    """
+    centred = lambda x: jnp.where(visible, x - jnp.mean(x, -1, where=visible, keepdims=True), 0)  # noqa: E731
+    x, y = centred(score), centred(mass)
+    size = jnp.sqrt(jnp.sum(x * x, -1) * jnp.sum(y * y, -1))
+    return jnp.mean(jnp.sum(x * y, -1) / size, where=size > 0)
+
+
 def measure_planted(key, numbers: Planted, config: Config) -> dict[str, jax.Array]:
     """Recalled attention mass, relative error of the output and density: `[settings]` for each rule, of a new head."""
     block = config.block
@@ -194,7 +215,10 @@ def measure_planted(key, numbers: Planted, config: Config) -> dict[str, jax.Arra
         recall = jnp.sum(mask[:, rows // block] * mass, axis=-1).mean()
         return {"recall": recall, "error": relative_error(out, exact), "density": density(mask)}
 
-    metrics = {"recall/dense": jnp.ones(1), "error/dense": jnp.zeros(1), "density/dense": jnp.ones(1)}
+    of_tile = mass.reshape(mass.shape[0], config.length // block, -1, mass.shape[-1]).mean(axis=2)
+    energy = block_energy(q, mean_pool(k, block), FlashPrefillConfig(alpha=0.0, block_size=block))
+    metrics = {"correlation": correlation(score(energy), of_tile, dense_mask(of_tile.shape[-1]))}
+    metrics |= {"recall/dense": jnp.ones(1), "error/dense": jnp.zeros(1), "density/dense": jnp.ones(1)}
     # All masks at once, so that attention is compiled twice and not once a rule.
     kept = {corrected: {name: masks(rule) for name, rule in RULES.items() if rule.corrected == corrected}
             for corrected in (False, True)}  # fmt: skip
@@ -519,6 +543,12 @@ CLAIMS = [
 # --- Results --------------------------------------------------------------------------------------------------------
 
 
+def measured_mean(results: Results, row: str, metric: str) -> np.ndarray:
+    """Over all draws, `[seeds]`; NaN where the row does not measure it."""
+    values = results.train[row].get(metric)
+    return np.full(next(iter(results.train[row].values())).shape[0], np.nan) if values is None else values.mean(axis=1)
+
+
 def as_sparse(rule: str) -> Callable[[Results, str], np.ndarray]:
     """A rule at the density of the paper's at alpha 0.1."""
     return lambda r, row: at_density(r, [row], rule, at_alpha(r, row, "density"))
@@ -527,6 +557,7 @@ def as_sparse(rule: str) -> Callable[[Results, str], np.ndarray]:
 COLUMNS: dict[str, Callable[[Results, str], np.ndarray]] = {
     "mass or accuracy (alpha 0.1)": lambda r, row: at_alpha(r, row, metric_of(r, row)),
     "density": lambda r, row: at_alpha(r, row, "density"),
+    "correlation of score and mass": lambda r, row: measured_mean(r, row, "correlation"),
     "at this density: by row": as_sparse("max by row"),
     **{rule: as_sparse(rule) for rule in ("v2", "v2 corrected", "top-k", "top-p", "window")},
 }

@@ -30,10 +30,10 @@ from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, Train, final, gap
 from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.study import Build, Study, main
+from rollax.experiments.ttt_mechanism import AGES, CHUNKS, MEMORIES, Memory, recall_by_age, unit
 from rollax.kernels.ttt import (
     FastWeights,
     UpdateRule,
-    lact_apply,
     lact_init,
     lact_scan,
     sliding_window_attention,
@@ -104,50 +104,10 @@ class Config(Options):
             raise ValueError(f"chunk: expected a divisor of updates={self.updates}, got {self.chunk}")
 
 
-# --- The mechanism: recall from random fast weights -----------------------------------------------------------------
-
-CHUNKS, OBJECTS, COPIES, DEPTH = 12, 8, 8, 64  # chunks of a stream, objects of a chunk, tokens of an object, width
-AGES = tuple(range(CHUNKS))
-RULES = {
-    "pre-norm": (UpdateRule(muon=True, momentum=False, norm="pre"), 1e-3),
-    "pre-norm, momentum": (UpdateRule(muon=True, momentum=True, norm="pre"), 1e-3),
-    "post-norm": (UpdateRule(muon=True, momentum=False, norm="post"), 1e-3),
-    "post-norm, momentum": (UpdateRule(muon=True, momentum=True, norm="post"), 1e-3),
-    "gradient 1e-3": (UpdateRule(muon=False, momentum=False, norm="post"), 1e-3),
-    "gradient 1e-2": (UpdateRule(muon=False, momentum=False, norm="post"), 1e-2),
-    "gradient 1e-1": (UpdateRule(muon=False, momentum=False, norm="post"), 1e-1),
-}
+# --- The mechanism ----------------------------------------------------------------------------------------------------
 
 
-def recall_by_age(key: jax.Array, rule: UpdateRule, rate: float) -> jax.Array:
-    """Share of a chunk's objects that are told apart when the chunk is 0, 1, ... chunks old, `[CHUNKS]`.
-
-    A stream's chunk shows 8 objects, 8 times each, with noise on the key; afterwards the memory is asked with the clean
-    key, and the answer counts where it is nearer to the object's value than to the other seven (cosine, centred).
-    """
-    d, tokens = DEPTH, OBJECTS * COPIES
-    weight_keys, key_key, value_key, noise_key = (*jax.random.split(key, 6)[:3],), *jax.random.split(key, 6)[3:]
-    weights = FastWeights(*(jax.random.normal(k, (1, d, d)) * d**-0.5 for k in weight_keys))
-    clean = unit(jax.random.normal(key_key, (CHUNKS, OBJECTS, d)))
-    values = jax.nn.silu(jax.random.normal(value_key, (CHUNKS, OBJECTS, d)))
-    noise = 0.3 * d**-0.5 * jax.random.normal(noise_key, (CHUNKS, COPIES, OBJECTS, d))
-    keys = unit(clean[:, None] + noise).reshape(1, 1, CHUNKS * tokens, d)
-    seen = jnp.broadcast_to(values[:, None], (CHUNKS, COPIES, OBJECTS, d)).reshape(1, 1, CHUNKS * tokens, d)
-    rates = jnp.full((1, 1, CHUNKS * tokens, 3), rate)
-    momentum = jnp.full((1, 1, CHUNKS * tokens), 0.5) if rule.momentum else None
-    _, state = lact_scan(weights, keys, keys, seen, rates, momentum, chunk=tokens, rule=rule)
-    answers = lact_apply(state.w, clean.reshape(1, 1, -1, d)).reshape(CHUNKS, OBJECTS, d)
-    centred = unit(values - values.mean(1, keepdims=True))
-    nearest = jnp.argmax(jnp.einsum("cod,cpd->cop", unit(answers - answers.mean(1, keepdims=True)), centred), axis=-1)
-    return (nearest == jnp.arange(OBJECTS)).mean(axis=1)[::-1]
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """To length 1 along the last axis; zeros stay zero."""
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-5)
-
-
-def mechanism_train(config: Config, rule: UpdateRule, rate: float) -> Train:
+def mechanism_train(config: Config, memory: Memory) -> Train:
     """An "update" is one more stream: nothing is trained."""
 
     def init(key):
@@ -156,7 +116,7 @@ def mechanism_train(config: Config, rule: UpdateRule, rate: float) -> Train:
     def advance(state, numbers):
         key, count, _ = state
         index = count + jnp.arange(min(config.chunk, config.updates))
-        by_age = jax.lax.map(lambda i: recall_by_age(jax.random.fold_in(key, i), rule, rate), index)
+        by_age = jax.lax.map(lambda i: recall_by_age(jax.random.fold_in(key, i), memory), index)
         return (key, count + index.size, by_age[-1]), {"recall by age": by_age}
 
     return Train(init, advance, lambda state, numbers: {"recall by age": state[2]})
@@ -553,7 +513,7 @@ def cost_train(config: Config) -> Train:
 
 def build(config: Config) -> Build:
     if config.study == "mechanism":
-        trains = {name: mechanism_train(config, rule, rate) for name, (rule, rate) in RULES.items()}
+        trains = {name: mechanism_train(config, memory) for name, memory in MEMORIES.items()}
         return Build(trains, dict.fromkeys(trains, ()))
     if config.study == "cost":
         return Build(cost_train(config), {name: measure_cost(config, ARMS[name]) for name in config.arms or COSTS})
@@ -608,6 +568,9 @@ CLAIMS = [
     Claim("M4", "Momentum makes post-norm forget faster",
           lambda r: recalled("post-norm", 8)(r) - recalled("post-norm, momentum", 8)(r), unit="recall",
           needs=("post-norm", "post-norm, momentum")),
+    Claim("M5", "At half the width too pre-norm keeps what post-norm with momentum forgets",
+          lambda r: recalled("pre-norm, width 32", 8)(r) - recalled("post-norm, momentum, width 32", 8)(r),
+          unit="recall", needs=("pre-norm, width 32", "post-norm, momentum, width 32")),
     Claim("T1a", "Windows alone know what one window reaches", at_end("window", "near"), "above", 0.9, "accuracy",
           needs=("window",)),
     Claim("T1b", "... and nothing beyond the reach of all: accuracy of chance (1/8) + .05", at_end("window", "far"),
@@ -670,7 +633,7 @@ FIGURE = ("full", "window + anchor", "lact + anchor", "lact", "ttt_mlp", "ttt_li
 
 
 def panels(results: Results) -> list[Panel]:
-    rows = [row for row in results.train if row in (*FIGURE, *RULES)] or list(results.train)
+    rows = [row for row in results.train if row in (*FIGURE, *MEMORIES)] or list(results.train)
     if "recall by age" in results.train[rows[0]]:
         curves = {row: results.train[row]["recall by age"].mean(axis=1) for row in rows}
         return [Panel("objects recalled", np.array(AGES), curves, "age of the chunk (chunks)")]

@@ -48,7 +48,13 @@ from rollax.experiments.sparse_tasks import (
     planted_targets,
     recall_sequence,
 )
-from rollax.kernels.flash_prefill import PackedPrefillConfig, dense_attention, density, flash_prefill_packed
+from rollax.kernels.flash_prefill import (
+    PackedPrefillConfig,
+    dense_attention,
+    dense_mask,
+    density,
+    flash_prefill_packed,
+)
 
 SMALL_RECALL = ("--part", "recall", "--seeds", "2", "--length", "256", "--block", "8", "--width", "16", "--steps", "2",
                 "--sequences", "1", "--needles", "1", "16", "--crossed", "16", "--questions", "16", "--crowd", "32",
@@ -159,6 +165,14 @@ def test_rules_keep_what_their_numbers_say():
     np.testing.assert_array_equal(
         masks["window"][0, 20], (np.arange(32) == 0) | ((np.arange(32) > 16) & (np.arange(32) <= 20))
     )
+
+
+def test_correlation_is_that_of_the_visible_blocks():
+    score, mass = jax.random.uniform(jax.random.key(0), (2, 2, 6, 6))
+    score, mass = score.at[0, 3, :4].set(0.5), mass + score  # a tile without spread does not count
+    tiles = [(h, t) for h in range(2) for t in range(1, 6) if (h, t) != (0, 3)]
+    expected = np.mean([np.corrcoef(score[h, t, : t + 1], mass[h, t, : t + 1])[0, 1] for h, t in tiles])
+    np.testing.assert_allclose(flash_prefill.correlation(score, mass, dense_mask(6)), expected, rtol=1e-5)
 
 
 def test_what_is_read_in_any_case_is_not_chosen():

@@ -1,6 +1,7 @@
 """Recall by test-time training: the task is what it says, networks see what they may and learn, the mechanism too."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 
 from rollax.experiments import ttt_recall
 from rollax.experiments.harness import study
-from rollax.kernels.ttt import UpdateRule, lact_init, lact_step
+from rollax.experiments.ttt_mechanism import MEMORIES, recall_by_age
+from rollax.kernels.ttt import lact_init, lact_step
 
 SMALL = ttt_recall.Config(study="recall", length=48, facts=12, questions=4, width=16, window=8, layers=2)
 TINY = ttt_recall.Config(
@@ -88,13 +90,14 @@ def test_linear_attention_is_its_definition():
 
 
 def test_pre_norm_remembers_and_post_norm_forgets():
-    recall = {}
-    for norm in ("pre", "post"):
-        rule = UpdateRule(momentum=False, norm=norm)
-        keys = jax.random.split(jax.random.key(0), 4)
-        recall[norm] = jax.jit(jax.vmap(lambda key, rule=rule: ttt_recall.recall_by_age(key, rule, 1e-3)))(keys).mean(0)
-    assert recall["pre"][8] > 0.9 and recall["post"][8] < 0.7
-    assert recall["post"][1] > 0.9
+    keys = jax.random.split(jax.random.key(0), 4)
+    recall = {
+        name: jax.jit(jax.vmap(functools.partial(recall_by_age, memory=MEMORIES[name])))(keys).mean(0)
+        for name in ("pre-norm", "post-norm", "pre-norm, width 32", "post-norm, momentum, width 32")
+    }
+    assert recall["pre-norm"][8] > 0.9 and recall["post-norm"][8] < 0.7
+    assert recall["post-norm"][1] > 0.9
+    assert recall["pre-norm, width 32"][8] > 0.6 and recall["post-norm, momentum, width 32"][8] < 0.3
 
 
 def trained(arm):
