@@ -147,6 +147,7 @@ def load_pretrained(
     param_dtype="float32",
     scan_layers: bool | None = None,
     remat: bool = False,
+    block_decode: bool = False,
 ) -> Pretrained:
     """Loads Llama, SmolLM2, Qwen2 or Qwen3 weights.
 
@@ -155,12 +156,13 @@ def load_pretrained(
         ("smollm2").
       mesh: a `jax.sharding.Mesh`; None for the default device.
       rules: sharding rules, None for `agents.sharding.RULES`.
-      dtype, param_dtype, scan_layers, remat: see `TransformerConfig`.
+      dtype, param_dtype, scan_layers, remat, block_decode: see `TransformerConfig`.
     Raises:
       FileNotFoundError: nothing there, or a directory without weights or configuration.
       ValueError: an unsupported architecture, a broken file, or tensors that do not fit the configuration.
     """
     how = {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
+    how |= {"block_decode": block_decode}
     if str(path) in PACKAGED and not Path(path).exists():
         path = packaged_path(str(path))
     path = Path(path)

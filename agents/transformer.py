@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from rollax.agents.language_model import LanguageModel
+from rollax.kernels.decode_attention import decode_attention
 
 NO_KEY = -1e30  # finite, so that a row with no visible key averages instead of dividing zero by zero
 # Layers from which a stack is scanned when the configuration does not say. Unrolled, the 30 of SmolLM2 compile a
@@ -64,6 +65,9 @@ class TransformerConfig:
       scan_layers: True: parameters stacked `[L, ...]` and layers scanned, which compiles in constant time; False: a
         tuple of layers, unrolled, which runs faster; None: scanned from 32 layers on.
       remat: recompute each layer in the backward pass instead of keeping its activations.
+      block_decode: steps of one token read the cache block by block, up to the last slot in use
+        (`rollax.kernels.decode_attention`). On CPUs that pays from a thousand slots a row on; caches of a sharded batch
+        are not for it.
     """
 
     vocab_size: int
@@ -87,6 +91,7 @@ class TransformerConfig:
     param_dtype: Any = "float32"
     scan_layers: bool | None = None
     remat: bool = False
+    block_decode: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -248,6 +253,7 @@ class Attention(nnx.Module):
         self.o = linear(config, (H, d), (D,), bias=config.output_bias, std=out_std, rngs=rngs)
         self.q_norm = RMSNorm(d, config) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config) if config.qk_norm else None
+        self.block_decode = config.block_decode
 
     def __call__(self, x, cos, sin, visible, cached, index):
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -261,7 +267,13 @@ class Attention(nnx.Module):
                 for old, new in zip(cached, (k, v), strict=True)
             )
             k, v = (x.swapaxes(1, 2) for x in cached)  # no copies: the compiler cancels them against those of `attend`
-        attended = visible(*own) if callable(visible) else attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
+        if callable(visible):
+            attended = visible(*own)
+        elif self.block_decode and cached is not None and q.shape[1] == 1:
+            k, v = (x.astype(q.dtype) for x in cached)
+            attended = decode_attention(q[:, 0], k, v, index + 1, mask=visible[:, 0])[:, None]
+        else:
+            attended = attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
         return self.o(attended), cached
 
 

@@ -46,6 +46,8 @@ class Config:
     """Greedy at 0. Above, both sides sample, and the continuations are not compared."""
     repeats: int = 7
     """Interleaved repeats."""
+    block_decode: bool = False
+    """Read the cache block by block up to the last slot in use (`TransformerConfig.block_decode`)."""
     peer: bool = True
     """Measure transformers too."""
     python: str = os.environ.get("ROLLAX_PEER_PYTHON", "")
@@ -121,7 +123,7 @@ def measure(batch: int, config: Config, pretrained: Pretrained, ask) -> Row:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     with one_line_errors():
-        pretrained = load_pretrained(config.model)
+        pretrained = load_pretrained(config.model, block_decode=config.block_decode)
         python = interpreter(TRANSFORMERS, config.python, config.index) if config.peer else ""
     if not config.peer:
         rows = [measure(batch, config, pretrained, None) for batch in config.batches]
