@@ -5,7 +5,7 @@ platform at hand, `interpret` the TPU kernel run by Pallas' interpreter on any p
 name a kernel wherever the program is traced, as lowering or compiling ahead of time for another platform needs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -32,7 +32,14 @@ def alike(*arrays):
     return tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))
 
 
-def resolve(operator: str, implementation: str | None, refusals: Mapping[str, str | None], *, explain=False) -> str:
+def resolve(
+    operator: str,
+    implementation: str | None,
+    refusals: Mapping[str, str | None],
+    *,
+    explain: bool = False,
+    besides: Sequence[str] = (),
+) -> str:
     """One of "reference", "xla", "pallas_tpu", "pallas_mgpu", "interpret".
 
     Args:
@@ -41,6 +48,7 @@ def resolve(operator: str, implementation: str | None, refusals: Mapping[str, st
       refusals: for "pallas_tpu" and "pallas_mgpu", why the kernel cannot take these dtypes and shapes, None if it can;
         one that is absent has no kernel. "interpret" runs the TPU kernel, which then must accept them.
       explain: print the choice and its reason, once a trace.
+      besides: the parts of this call that no kernel has, and that are "xla" beside any; for what is printed.
     Raises:
       ValueError: an unknown name; a named implementation that cannot run here.
     """
@@ -60,7 +68,8 @@ def resolve(operator: str, implementation: str | None, refusals: Mapping[str, st
         if kernel.startswith("pallas") and refused(kernel):
             raise ValueError(f"implementation {implementation!r} of {operator} cannot take this: {refused(kernel)}")
     if explain:
-        print(f"{operator}: {chosen} ({reason or f'the kernel for {platform}'})")
+        rest = f", xla for {' and '.join(besides)}" if besides and chosen not in ("reference", "xla") else ""
+        print(f"{operator}: {chosen} ({reason or f'the kernel for {platform}'}){rest}")
     return chosen
 
 
@@ -71,6 +80,7 @@ def choose(
     ask: Callable[[ModuleType], str | None],
     *,
     explain: bool = False,
+    besides: Sequence[str] = (),
 ) -> str:
     """`resolve` where the kernels are the modules `pallas_tpu` and `pallas_mgpu` of a package.
 
@@ -79,13 +89,18 @@ def choose(
     here = KERNEL_OF.get(jax.default_backend())
     name = {None: here, "pallas": here, "interpret": "pallas_tpu"}.get(implementation, implementation)
     refusals = {name: ask(import_module(f"{package}.{name}"))} if name in KERNEL_OF.values() else {}
-    return resolve(operator, implementation, refusals, explain=explain)
+    return resolve(operator, implementation, refusals, explain=explain, besides=besides)
 
 
 def backend(package: str, chosen: str) -> tuple[ModuleType, dict[str, bool]]:
     """(module of a package, further arguments of its functions) of an implementation that `choose` returned."""
     name = "pallas_tpu" if chosen == "interpret" else chosen
     return import_module(f"{package}.{name}"), {"interpret": True} if chosen == "interpret" else {}
+
+
+def on_device(chosen: str) -> bool:
+    """Whether an implementation that `resolve` returned runs on a TPU or a GPU: as the kernel does, or as JAX does."""
+    return chosen in KERNEL_OF.values() or jax.default_backend() != "cpu"
 
 
 def hopper_refusal(device=None) -> str | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rollax.kernels import backends, flash_prefill
 from rollax.kernels.decode_attention import xla
 from rollax.kernels.decode_attention.reference import reference
-from rollax.kernels.flash_prefill.api import attend
+from rollax.kernels.flash_prefill.api import attend, scale_of
 
 TILE = {"pallas_tpu": 16, "interpret": 16, "pallas_mgpu": 64}  # rows of the smallest tile in every dtype
 BLOCKS = (512, 256, 128, 64, 32, 16)  # keys of a block: the largest that divides the cache
@@ -108,7 +108,8 @@ def decode_attention(
       out `[B, H, d]` in q's dtype, 0 in a row that sees no key; with `return_lse` (out, lse `[B, H]`), nats, float32
       at least, -inf in such a row. Sums are in float32 at least. Differentiable in q, k and v.
     Raises:
-      ValueError: shapes or dtypes that do not fit, a window below 1, an implementation that cannot take them.
+      ValueError: shapes or dtypes that do not fit, a window below 1, a scale that is traced or not positive, an
+        implementation that cannot take them.
     """
     q, k, v, length = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(length)
     if q.ndim != 3:
@@ -116,7 +117,7 @@ def decode_attention(
     B, H, d = q.shape
     if k.ndim != 4 or k.shape != v.shape or k.shape[0] != B or k.shape[3] != d:
         raise ValueError(f"k and v must be one [{B}, K, S, {d}], got {k.shape} and {v.shape}")
-    if H % k.shape[1]:
+    if not k.shape[1] or H % k.shape[1]:
         raise ValueError(f"q's heads must be a multiple of k's, got {H} and {k.shape[1]}")
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -130,7 +131,11 @@ def decode_attention(
     length = jnp.clip(jnp.broadcast_to(length, (B,)).astype(jnp.int32), 0, k.shape[2])
     if window is not None and window < k.shape[2]:
         k, v, length, mask = last_keys(k, v, length, mask, window)
-    scale = d**-0.5 if scale is None else float(scale)
+    scale = scale_of(scale, d)
+    if not k.size:  # no row, or none that sees a key
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        out, lse = jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, wide)
+        return (out, lse) if return_lse else out
     q, k, v, length, *masks = backends.alike(q, k, v, length, *(() if mask is None else (mask,)))
     mask = masks[0] if masks else None
     if chosen == "reference":

@@ -8,6 +8,7 @@ from rollax.kernels.flash_prefill.api import (
     dense_attention,
     flash_prefill,
     flash_prefill_packed,
+    flash_prefill_varlen,
     packed_energy,
     window_attention,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "density",
     "flash_prefill",
     "flash_prefill_packed",
+    "flash_prefill_varlen",
     "index_mask",
     "keep_forced",
     "keep_max",

@@ -7,8 +7,9 @@ One internal operator, `attend`, serves both versions, dense attention, windows 
 listed blocks of keys, head-major. `reference.py` is its definition, the other modules its backends.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,7 @@ from rollax.kernels.flash_prefill.selection import (
     select_packed,
     transpose_index,
 )
-
-MEAN_SCORES_AT_ONCE = 2**21  # float32 logits of rows against mean keys in the correction
+from rollax.kernels.flash_prefill.xla import SCORES_AT_ONCE
 
 
 class PrefillStats(NamedTuple):
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 # The internal operator: backends behind custom_vjp, custom_vmap.
 
 
-def choose(operator: str, implementation: str | None, q, k, *, tile: int, block: int, lists: int = 1, explain=False):
+def choose(operator: str, implementation: str | None, q, k, *, tile: int, block: int, lists: int = 1, **explaining):
     """The implementation for `[S, H, D]` q and k, see `rollax.kernels.backends.resolve`.
 
     lists: the longest list of blocks or tiles that there can be.
@@ -63,7 +63,13 @@ def choose(operator: str, implementation: str | None, q, k, *, tile: int, block:
         how = dict(slots=lists, repeat=q.shape[1] // k.shape[1])
         return kernels.refusal(q.dtype, k.dtype, q.shape[-1], tile, block, **how)
 
-    return backends.choose(operator, __package__, implementation, ask, explain=explain)
+    return backends.choose(operator, __package__, implementation, ask, **explaining)
+
+
+def without_kernel(row_normalised: bool, correction: bool) -> list[str]:
+    """The parts of a call that no kernel has."""
+    parts = {"row-normalised energies": row_normalised, "the mean correction": correction}
+    return [part for part, there in parts.items() if there]
 
 
 def folded(function):
@@ -81,9 +87,12 @@ def folded(function):
 
 
 def call_backend(name: str, plan: Plan, *args, **static):
+    """A backend's function; inside `shard_map` its results vary as its arguments do, which not all kernels say."""
     module, more = backends.backend(__package__, plan.implementation)
     sizes = dict(tile=plan.tile, block=plan.block, group=plan.group, scale=plan.scale)
-    return folded(partial(getattr(module, name), **sizes, **static, **more))(*args)
+    args = backends.alike(*args)
+    leaves, tree = jax.tree.flatten(folded(partial(getattr(module, name), **sizes, **static, **more))(*args))
+    return tree.unflatten(backends.alike(args[0], *leaves)[1:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -123,7 +132,8 @@ def attend(q, k, v, index, count, offset, length, *, tile, block, group=1, scale
       out `[H, R, D]` in q's dtype, lse `[H, R]` in nats, float32 (float64 where q is, outside of kernels); 0 and -inf
       in a row that sees no key. Differentiable in q, k, v through both.
     """
-    return attend_planned(q, k, v, index, count, offset, length, Plan(tile, block, group, scale, implementation))
+    arrays = backends.alike(q, k, v, index, count, offset, length)
+    return attend_planned(*arrays, Plan(tile, block, group, scale, implementation))
 
 
 # Layout.
@@ -180,25 +190,33 @@ def check_qkv(q, k, v, *, same_length: bool = True) -> None:
         raise ValueError(f"q and k must not be empty, got {q.shape} and {k.shape}")
 
 
-def check_length(name: str, length, most: int) -> None:
-    check_number(name, length, 0, most)
+def check_count(name: str, value, most: int) -> None:
+    """Raises ValueError unless it is an integer in [0, most]; traced values need only be integers."""
+    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise ValueError(f"{name} must be an integer, got {value}")
+    check_number(name, value, 0, most)
 
 
 def scale_of(scale: float | None, width: int) -> float:
     """The scale of the logits; 1 / sqrt(width) for None."""
-    if scale is not None and not scale > 0:
+    if scale is None:
+        return width**-0.5
+    if isinstance(scale, jax.core.Tracer):
+        raise ValueError(f"scale must be static, got a traced {scale.dtype}{list(scale.shape)}")
+    if jnp.ndim(scale) or not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    return width**-0.5 if scale is None else float(scale)
+    return float(scale)
 
 
 # Zero-order mean correction.
 
 
-def mean_attention(q, kbar, vbar, mask, *, tile: int, block: int, scale: float):
+def mean_attention(q, kbar, vbar, mask, *, tile: int, block: int, scale: float, at_once: int):
     """Attention over the blocks of `mask`, each as `block` copies of its mean key and value (arXiv 2608.19758).
 
     Args:
       q: `[H, R, D]`; kbar, vbar: `[HK, n, D]`; mask: bool `[H, R // tile, n]`.
+      at_once: the most logits in memory, though never fewer than a tile of every head has.
     Returns:
       (out `[H, R, D]`, lse `[H, R]`), float32 at least; 0 and -inf where the mask has no block.
     """
@@ -219,8 +237,8 @@ def mean_attention(q, kbar, vbar, mask, *, tile: int, block: int, scale: float):
         return product("hrn,hnd->hrd", p.astype(q.dtype), vbar), jnp.where(some, lse, -jnp.inf)
 
     tiles = jnp.moveaxis(q.reshape(H, R // tile, tile, D), 1, 0)
-    at_once = max(1, min(R // tile, MEAN_SCORES_AT_ONCE // (H * tile * n)))
-    out, lse = jax.lax.map(of_tile, (tiles, jnp.moveaxis(mask, 1, 0)), batch_size=at_once)
+    batch = max(1, min(R // tile, at_once // (H * tile * n)))
+    out, lse = jax.lax.map(of_tile, (tiles, jnp.moveaxis(mask, 1, 0)), batch_size=batch)
     return jnp.moveaxis(out, 0, 1).reshape(H, R, D), jnp.moveaxis(lse, 0, 1).reshape(H, R)
 
 
@@ -262,7 +280,7 @@ def block_energy(
     if kbar.ndim != 3 or kbar.shape[0] != n or kbar.shape[2] != D or HQ % kbar.shape[1]:
         raise ValueError(f"kbar must be [{n}, HK, {D}] with {HQ} a multiple of HK, got {kbar.shape}")
     length = S if length is None else length
-    check_length("length", length, S)
+    check_count("length", length, S)
     if not cfg.mask_padding:
         q = jnp.where(jnp.arange(S)[:, None, None] < length, q, 0)
         length = -(-length // B) * B
@@ -283,8 +301,11 @@ def energy_of(operator, q, kbar, offset, length, plan: Plan, row_normalised, rul
     """Energies of head-major, padded rows under `plan`, whose implementation is as the caller gave it."""
     q, kbar = jax.lax.stop_gradient((q, kbar.astype(q.dtype)))  # means are rounded as the authors' are
     name, wanted = "row_energy" if row_normalised else "energy", plan.implementation
-    if row_normalised and wanted in backends.IMPLEMENTATIONS and wanted != "reference":
+    if row_normalised and wanted in backends.IMPLEMENTATIONS and wanted not in ("reference", "xla"):
         wanted = "xla"  # an ablation, with no kernel of its own; what is named is for the attention
+        if explain:
+            print(f"{operator}: xla (row-normalised energies have no kernel)")
+            explain = False
     chosen = choose(operator, wanted, q, q, tile=plan.tile, block=plan.block, explain=explain)
     H = q.shape[0]
     ends = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in (offset, length))
@@ -330,8 +351,8 @@ def block_sparse_attention(
     if (kbar is None) != (vbar is None):
         raise ValueError("kbar and vbar must be given together")
     length = S if length is None else length
-    check_length("length", length, S)
-    how = dict(tile=B, block=B, lists=n, explain=explain)
+    check_count("length", length, S)
+    how = dict(tile=B, block=B, lists=n, explain=explain, besides=without_kernel(False, kbar is not None))
     chosen = choose("block_sparse_attention", implementation, q, k, **how)
     rows, means = head_major(valid_tokens(q, length), B), None
     if kbar is not None:
@@ -355,24 +376,30 @@ def attend_lists(q, k, v, index: BlockIndex, ends, means, plan: Plan):
     """
     H = q.shape[0]
     ends = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in ends)
-    out, lse = attend_planned(q, k, v, index.index, index.count, *ends, plan)
+    out, lse = attend(q, k, v, index.index, index.count, *ends, **plan._asdict())
     if means is None:
         return out, lse
     kbar, vbar, first = means
     mask = corrected_blocks(index_mask(index.index, index.count, kbar.shape[1]), first, plan.block)
-    mean_out, mean_lse = mean_attention(q, kbar, vbar, mask, tile=plan.tile, block=plan.block, scale=plan.scale)
+    at_once = SCORES_AT_ONCE["device" if backends.on_device(plan.implementation) else "cpu"]
+    how = dict(tile=plan.tile, block=plan.block, scale=plan.scale, at_once=at_once)
+    mean_out, mean_lse = mean_attention(q, kbar, vbar, mask, **how)
     return merge(out, lse, mean_out, mean_lse)
 
 
-def or_dense(index: BlockIndex, visible, attend_to: Any, dense_on_overflow: bool):
-    """`attend_to(index)`, or `attend_to` the lists of all `visible` blocks where the index overflowed and it is asked.
+def or_dense(index: BlockIndex, visible, attend_to: Callable, arrays, dense_on_overflow: bool):
+    """`attend_to(index, arrays)`, with the lists of all `visible` blocks where the index overflowed and it is asked.
 
-    A `lax.cond`: under vmap both are computed.
+    A `lax.cond`: under vmap both are computed. `arrays` is the tree of all that `attend_to` depends on.
     """
     n = visible.shape[-1]
     if not dense_on_overflow or index.index.shape[-1] == n:
-        return attend_to(index)
-    return jax.lax.cond(index.overflow, lambda: attend_to(compact_index(visible, n)), lambda: attend_to(index))
+        return attend_to(index, arrays)
+    # Where vmap makes a cond a select, its operands must vary over the same mesh axes as its predicate.
+    leaves, tree = jax.tree.flatten((index, visible, arrays))
+    index, visible, arrays = jax.tree.unflatten(tree, backends.alike(*leaves))
+    dense = lambda: attend_to(compact_index(visible, n), arrays)  # noqa: E731
+    return jax.lax.cond(index.overflow, dense, lambda: attend_to(index, arrays))
 
 
 def flash_prefill(
@@ -412,19 +439,59 @@ def flash_prefill(
     S, B = q.shape[0], cfg.block_size
     n = -(-S // B)
     length = S if length is None else length
-    check_length("length", length, S)
-    chosen = choose("flash_prefill", implementation, q, k, tile=B, block=B, lists=n, explain=explain)
+    check_count("length", length, S)
+    how = dict(tile=B, block=B, lists=n, explain=explain, besides=without_kernel(cfg.row_normalised, correction))
+    chosen = choose("flash_prefill", implementation, q, k, **how)
     kbar = mean_pool(k, B, length)
     energy = block_energy(q, kbar, cfg, scale=scale, length=length, implementation=chosen)
     n_valid = -(-length // B)
     mask = select_blocks(energy, cfg, n_valid=n_valid)
     visible = jnp.broadcast_to(selection.dense_mask(n) & (jnp.arange(n)[:, None] < n_valid), mask.shape)
     index = compact_index(mask, n if slots is None else slots)
-    how = dict(block_size=B, scale=scale, length=length, implementation=chosen)
-    if correction:
-        how |= dict(kbar=kbar, vbar=mean_pool(v, B, length))
-    out = or_dense(index, visible, lambda x: block_sparse_attention(q, k, v, x, **how)[0], dense_on_overflow)
+    means = dict(kbar=kbar, vbar=mean_pool(v, B, length)) if correction else {}
+
+    def attend_to(index, arrays):
+        *qkv, length, means = arrays
+        how = dict(block_size=B, scale=scale, length=length, implementation=chosen)
+        return block_sparse_attention(*qkv, index, **how, **means)[0]
+
+    out = or_dense(index, visible, attend_to, (q, k, v, length, means), dense_on_overflow)
     return out, PrefillStats(selection.density(mask, visible), index.overflow)
+
+
+def flash_prefill_varlen(q, k, v, cu_seqlens, cfg: FlashPrefillConfig, *, max_seqlen: int, **options):
+    """`flash_prefill` of each of B sequences that lie side by side, as one batch padded to the longest.
+
+    Args:
+      q: `[tokens, HQ, D]`; k, v: `[tokens, HK, D]`.
+      cu_seqlens: integers `[B + 1]`, ascending, may be traced: sequence b is the tokens from cu_seqlens[b] on and below
+        cu_seqlens[b + 1]. Other tokens give 0.
+      max_seqlen: tokens of the longest sequence, static. Memory is that of B sequences of this length.
+      options: of `flash_prefill`, all but `length`.
+    Returns:
+      (out `[tokens, HQ, D]` in q's dtype, `PrefillStats` of `[B]`). A sequence beyond max_seqlen, which only a traced
+      one can be, is cut there and counts as an overflow.
+    Raises:
+      ValueError: as `flash_prefill`; a cu_seqlens of another shape or dtype, or outside of these bounds.
+    """
+    check_qkv(q, k, v)
+    cu_seqlens = jnp.asarray(cu_seqlens)
+    if cu_seqlens.ndim != 1 or cu_seqlens.size < 2 or not jnp.issubdtype(cu_seqlens.dtype, jnp.integer):
+        raise ValueError(f"cu_seqlens must be integers [B + 1], got {cu_seqlens.dtype}{list(cu_seqlens.shape)}")
+    check_number("max_seqlen", max_seqlen, 1)
+    lengths, tokens = jnp.diff(cu_seqlens), len(q)
+    if not isinstance(lengths, jax.core.Tracer):
+        check_number("cu_seqlens[0]", cu_seqlens[0], 0)
+        check_number("cu_seqlens[-1]", cu_seqlens[-1], 0, tokens)
+        check_number("the shortest sequence of cu_seqlens", lengths.min(), 0)
+        check_number("the longest sequence of cu_seqlens", lengths.max(), 0, max_seqlen)
+    place = jnp.arange(max_seqlen)
+    rows = jnp.where(place < lengths[:, None], cu_seqlens[:-1, None] + place, tokens)
+    padded = (x.at[rows].get(mode="fill", fill_value=0) for x in (q, k, v))
+    prefill = lambda q, k, v, length: flash_prefill(q, k, v, cfg, length=length, **options)  # noqa: E731
+    out, stats = jax.vmap(prefill)(*padded, jnp.minimum(lengths, max_seqlen))
+    stats = stats._replace(overflow=stats.overflow | (lengths > max_seqlen))
+    return jnp.zeros_like(q).at[rows].set(out, mode="drop"), stats
 
 
 def packed_energy(
@@ -471,7 +538,7 @@ def flash_prefill_packed(
     selection of a tile depends on all its rows; the output of a row never depends on keys after the tile's last row.
 
     Args:
-      q: `[S, HQ, D]`; k, v: `[SK, HK, D]`, SK at least prefix + S, HQ a multiple of HK.
+      q: `[S, HQ, D]`; k, v: `[SK, HK, D]`, SK at least prefix + length, HQ a multiple of HK.
       prefix: keys before the first query, may be traced.
       correction: add the blocks left out by their mean keys and values; differentiable too.
       slots, scale, dense_on_overflow: as in `flash_prefill`.
@@ -485,13 +552,15 @@ def flash_prefill_packed(
     check_qkv(q, k, v, same_length=False)
     (S, HQ, D), (SK, HK, _) = q.shape, k.shape
     B, group = cfg.block_size, HQ // HK
-    if SK < S:
-        raise ValueError(f"k must hold the prefix and the {S} tokens of q, got {SK}")
-    check_number("prefix", prefix, 0, SK - S)
     length = S if length is None else length
-    check_length("length", length, S)
+    check_count("length", length, S)
+    tokens = 0 if isinstance(length, jax.core.Tracer) else length
+    if tokens > SK:
+        raise ValueError(f"k must hold the prefix and the {tokens} tokens of q, got {SK}")
+    check_count("prefix", prefix, SK - tokens)
     tiles, n = -(-S * group // cfg.tile_rows), -(-SK // B)
     how = dict(tile=cfg.tile_rows, block=B, lists=max(tiles, n), explain=explain)
+    how |= dict(besides=without_kernel(cfg.row_normalised, correction))
     chosen = choose("flash_prefill_packed", implementation, q, k, **how)
     kbar = mean_pool(k, B, prefix + length)
     energy = packed_energy(q, kbar, cfg, prefix=prefix, length=length, scale=scale, implementation=chosen)
@@ -506,10 +575,13 @@ def flash_prefill_packed(
     rows = pack(valid_tokens(q, length), HK, cfg.tile_rows)
     keys, values = (head_major(valid_tokens(x, prefix + length), B) for x in (k, v))
     plan = Plan(cfg.tile_rows, B, group, scale_of(scale, D), chosen)
-    ends = (prefix, prefix + length)
-    out, lse = or_dense(
-        index, visible, lambda x: attend_lists(rows, keys, values, x, ends, means, plan), dense_on_overflow
-    )
+
+    def attend_to(index, arrays):
+        qkv, ends, means = arrays
+        return attend_lists(*qkv, index, ends, means, plan)
+
+    arrays = ((rows, keys, values), (prefix, prefix + length), means)
+    out, lse = or_dense(index, visible, attend_to, arrays, dense_on_overflow)
     out, _ = hide_padding(unpack(out, S, group), unpack(lse, S, group), length)
     return out, PrefillStats(selection.density(mask, visible), index.overflow)
 

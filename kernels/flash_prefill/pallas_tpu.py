@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -72,6 +73,21 @@ def refusal(q_dtype, k_dtype, head_width: int, tile: int, block: int, *, slots: 
 def row_bytes(slots: int, width: int, dtype) -> int:
     """SMEM of one row of a walk: its list, the row number of each step, and six scalars."""
     return slots * jnp.dtype(dtype).itemsize + 4 * (-(-slots // width) + 6)
+
+
+def quotient(x, n: int):
+    """int32 x / n towards zero; a Python int would be int64 here where JAX counts in 64 bits."""
+    return lax.div(x, np.int32(n))
+
+
+def remainder(x, n: int):
+    """What `quotient` leaves."""
+    return lax.rem(x, np.int32(n))
+
+
+def each(low, high, body: Callable):
+    """`body(i)` for low <= i < high, both int32."""
+    lax.fori_loop(low, high, lambda i, _: body(i), None)
 
 
 def dot(a, b, contract: tuple[int, int]):
@@ -212,7 +228,7 @@ def walk(
     def of_row(part, time, bounds, row, start, origin, *_):
         """Beyond the last step of a part that step again, whose blocks are there already."""
         mine = row[jnp.minimum(bounds[part] + time, bounds[part + 1] - 1)]
-        return origin[0] + (mine if repeat == 1 else lax.div(mine, repeat)), 0, 0
+        return origin[0] + (mine if repeat == 1 else quotient(mine, repeat)), 0, 0
 
     def kernel(bounds, row, start, origin, index, count, base, shift, length, *refs):
         del origin
@@ -223,7 +239,7 @@ def walk(
         output_refs, scratch_refs = take(len(outputs)), take(len(scratch))
         copies, (arrived,) = take(len(gathered)), refs
         part, time = pl.program_id(0), pl.program_id(1)
-        end, now, half = bounds[part + 1], bounds[part] + time, lax.rem(time, 2)
+        end, now, half = bounds[part + 1], bounds[part] + time, remainder(time, 2)
 
         def place(step):
             """(row, address of its first slot in this step, how many count)."""
@@ -235,13 +251,17 @@ def walk(
             mine, address, used = place(step)
             head = base[mine]
 
-            def fetch_one(u, _):
+            def fetch_one(u):
                 block = head + index[address + u].astype(jnp.int32)
                 for source, copy in zip(sources, copies, strict=True):
                     pltpu.make_async_copy(source.at[block], copy.at[half, u], arrived.at[half]).start()
 
-            pl.when(used == width)(lambda: lax.fori_loop(0, width, fetch_one, None, unroll=True))
-            pl.when(used < width)(lambda: lax.fori_loop(0, used, fetch_one, None))
+            @pl.when(used == width)
+            def _():
+                for u in range(width):
+                    fetch_one(np.int32(u))
+
+            pl.when(used < width)(lambda: each(np.int32(0), used, fetch_one))
 
         def wait(*part):
             for copy in copies:
@@ -258,14 +278,14 @@ def walk(
         used = jnp.where(live, used, 0)
         first, final = now == start[mine], now + 1 == start[mine + 1]
         if repeat > 1:
-            first &= lax.rem(mine, repeat) == 0
-            final &= lax.rem(mine, repeat) == repeat - 1
+            first &= remainder(mine, repeat) == 0
+            final &= remainder(mine, repeat) == repeat - 1
         pl.when(used == width)(lambda: wait(half))
 
         @pl.when((used > 0) & (used < width))
         def _():
-            lax.fori_loop(0, used, lambda u, _: wait(half, u), None)
-            lax.fori_loop(used, width, lambda u, _: clear(u), None)  # masks do not stop NaN in a product
+            each(np.int32(0), used, lambda u: wait(half, u))
+            each(used, np.int32(width), clear)  # masks do not stop NaN in a product
 
         ids = [index[jnp.minimum(address + u, mine * slots + slots - 1)].astype(jnp.int32) for u in range(width)]
         step = Step(ids, used, shift[mine], length[mine], live & first, live & final)
@@ -616,15 +636,15 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
 
     def visible(offset, length, i):
         """How many key blocks, from the first on, some row of tile i may see."""
-        last = jnp.minimum(offset + lax.div(i * tile + tile - 1, group), length - 1)
-        return jnp.maximum(lax.div(last + 1, block), 0)
+        last = jnp.minimum(offset + quotient(i * tile + tile - 1, group), length - 1)
+        return jnp.maximum(quotient(last + 1, block), 0)
 
     def last_chunk(h, i, offset, length):
         """The last chunk of key blocks that tiles i * high ... need, at least 0."""
-        return lax.div(jnp.maximum(visible(offset[h], length[h], (i + 1) * high - 1), 1) - 1, wide)
+        return quotient(jnp.maximum(visible(offset[h], length[h], (i + 1) * high - 1), 1) - 1, wide)
 
     def of_keys(h, i, j, offset, length):
-        return lax.div(h, repeat), jnp.minimum(j, last_chunk(h, i, offset, length)), 0
+        return quotient(h, repeat), jnp.minimum(j, last_chunk(h, i, offset, length)), 0
 
     def kernel(offset_ref, length_ref, q_ref, kbar_ref, sum_ref, max_ref):
         h, i, j = (pl.program_id(axis) for axis in range(3))

@@ -39,7 +39,9 @@ class BlockIndex(NamedTuple):
 
 
 def check_number(name: str, value, low, high=None) -> None:
-    """Raises ValueError unless low <= value <= high; traced values pass."""
+    """Raises ValueError unless it is one number and low <= value <= high; traced numbers pass."""
+    if jnp.ndim(value):
+        raise ValueError(f"{name} must be one number, got an array of shape {jnp.shape(value)}")
     if isinstance(value, jax.core.Tracer):
         return
     if not (value >= low and (high is None or value <= high)):
@@ -293,11 +295,18 @@ def density(selected, visible=None):
 
     Args:
       selected: mask bool `[..., T, n]` or `BlockIndex`.
-      visible: mask `[..., T, n]` that broadcasts to the selected one; None for the causal `[n, n]` of v1.
+      visible: mask `[..., T, n]` that broadcasts to the selected one; None for the causal `[n, n]` of v1. Packed lists
+        need theirs: an index does not say how many blocks there are, and is taken for one of v1.
+    Raises:
+      ValueError: no `visible` for a mask of more tiles than blocks or fewer, or for an index of more slots than tiles.
     """
     count = selected.count if isinstance(selected, BlockIndex) else selected.sum(-1)
     tiles = count.shape[-1]
     if visible is None:
+        listed = isinstance(selected, BlockIndex)
+        blocks = (selected.index if listed else selected).shape[-1]
+        if blocks > tiles or (blocks < tiles and not listed):
+            raise ValueError(f"visible must be given where tiles and blocks are not as many, got {tiles} and {blocks}")
         visible = dense_mask(tiles)
     seen = jnp.broadcast_to(visible.sum(-1), count.shape)
     return count.sum(dtype=jnp.float32) / jnp.maximum(seen.sum(dtype=jnp.float32), 1)

@@ -8,13 +8,14 @@ time is best: its tiles stay in the cache, and the matrix products run near the 
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.backends import on_device
 from rollax.kernels.flash_prefill.reference import LOG2_E, wide
 
 NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
 LOWEST = -5e29  # where a running maximum starts: 2^(NEVER - LOWEST) is 0
 UNSEEN = 1e30  # lse of a row without keys in the backward pass: its weights are 0
 LISTS_AT_ONCE = 64  # on accelerators
-SCORES_AT_ONCE = 2**21  # of rows against mean keys
+SCORES_AT_ONCE = {"cpu": 2**21, "device": 2**26}  # of rows against mean keys: a CPU's caches, or 256 MiB of a device
 
 
 def product(equation, a, b):
@@ -159,7 +160,8 @@ def scores_by_tile(reduce, q, kbar, offset, length, *, tile, block, group, rule)
         seen = jnp.arange(n) < jnp.where(valid, limit, 0)[:, None]
         return reduce(product("rd,nd->rn", q_tiles[i], kbar[head // (H // HK)]), seen)
 
-    at_once = max(1, min(H * T, SCORES_AT_ONCE // (tile * n)))
+    scores = SCORES_AT_ONCE["device" if on_device("xla") else "cpu"]
+    at_once = max(1, min(H * T, scores // (tile * n)))
     results = jax.lax.map(of_tile, jnp.arange(H * T, dtype=jnp.int32), batch_size=at_once)
     return jax.tree.map(lambda x: x.reshape(H, T, *x.shape[1:]), results)
 

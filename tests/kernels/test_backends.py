@@ -44,6 +44,13 @@ def test_other_gpus_are_refused(monkeypatch):
     assert backends.choose("f", PACKAGE, None, lambda kernels: backends.hopper_refusal()) == "xla"
 
 
+def test_hopper_kernels_refuse_integers_of_64_bits():
+    ask = lambda: prefill_kernels.refusal(jnp.bfloat16, jnp.bfloat16, 128, 128, 128)  # noqa: E731
+    with jax.enable_x64(True):
+        assert ask() == "needs JAX's integers of 32 bits, got jax_enable_x64"
+    assert ask() is None
+
+
 def test_the_kernel_of_the_platform_is_asked(monkeypatch):
     asked = []
     ask = lambda kernels: asked.append(kernels.__name__.split(".")[-1])  # noqa: E731
@@ -54,6 +61,7 @@ def test_the_kernel_of_the_platform_is_asked(monkeypatch):
         "pallas_mgpu", "pallas_mgpu", "xla", "pallas_tpu",
     ]  # fmt: skip
     assert asked == ["pallas_tpu", "pallas_mgpu", "pallas_mgpu", "pallas_tpu"]
+    assert all(map(backends.on_device, ("pallas_mgpu", "xla", "reference")))
     with pytest.raises(ValueError, match="implementation 'pallas' of f cannot take this: too wide"):
         backends.choose("f", PACKAGE, "pallas", lambda kernels: "too wide")
 

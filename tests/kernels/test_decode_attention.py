@@ -219,6 +219,19 @@ def test_lowers_for_every_accelerator(kind, step):
     assert text.count("@mosaic_gpu" if gpu else "@tpu_custom_call") >= (1 if step == "forward" else 3)
 
 
+@pytest.mark.parametrize(("batch", "slots"), [(0, S), (B, 0)])
+def test_empty_arrays_see_no_key(batch, slots):
+    out, lse = decode_attention(*arrays(slots, "bfloat16", batch), 1, return_lse=True)
+    assert (out.shape, out.dtype, lse.dtype) == ((batch, K * G, D), jnp.bfloat16, jnp.float32)
+    assert (out == 0).all() and (lse == -jnp.inf).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_products_keep_their_bits_on_devices(dtype):
+    program = str(jax.make_jaxpr(lambda *args: xla.whole(*args, LENGTHS, None, 0.3))(*arrays(dtype=dtype)))
+    assert ("HIGHEST" in program) == (dtype == "float32") and "DEFAULT" not in program
+
+
 def test_explain_says_what_runs(capsys):
     decode_attention(*arrays(), LENGTHS, explain=True)
     assert capsys.readouterr().out.startswith("decode_attention: xla")
@@ -234,6 +247,8 @@ def test_explain_says_what_runs(capsys):
         ({"length": jnp.zeros((B, 1), int)}, r"length must be an integer or integers \[4\], got int32\[4, 1\]"),
         ({"length": jnp.zeros(B)}, r"length must be an integer or integers \[4\], got float32\[4\]"),
         ({"mask": jnp.ones((B, S))}, r"mask must be bool \[4, 96\], got float32\[4, 96\]"),
+        ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        ({"k": jnp.zeros((B, 0, S, D)), "v": jnp.zeros((B, 0, S, D))}, "multiple of k's, got 6 and 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"implementation": "fast"}, "implementation must be one of .* got 'fast'"),
         ({"implementation": "interpret", "mask": jnp.ones((B, S), bool)}, "cannot take this: it takes no mask"),

@@ -1,13 +1,15 @@
 """Version 1 of FlashPrefill: values and gradients computed with the authors' kernels, limits, transformations."""
 
+import dataclasses
 import itertools
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jax.test_util import check_grads
 
 from rollax.kernels.flash_prefill import (
@@ -20,6 +22,7 @@ from rollax.kernels.flash_prefill import (
     dense_mask,
     flash_prefill,
     flash_prefill_packed,
+    flash_prefill_varlen,
     mean_pool,
     select_blocks,
     window_attention,
@@ -97,6 +100,9 @@ def test_golden_outputs(name, implementation):
         np.testing.assert_allclose(out, arrays["out"], rtol=0, atol=5e-6)
         np.testing.assert_allclose(lse, arrays["lse"], rtol=1e-6, atol=5e-6)
         assert lse.dtype == jnp.float32
+        every = compact_index(jnp.broadcast_to(dense_mask(n), arrays["mask"].shape), n)
+        out, _ = attend(q, k, v, every, block_size=cfg.block_size, implementation=implementation)
+        np.testing.assert_allclose(out, arrays["dense_out"], rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -125,15 +131,22 @@ def test_golden_gradients(implementation):
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("variant", ["strict", "upstream"])
-def test_golden_variable_lengths(variant):
+@pytest.mark.parametrize(
+    ("variant", "implementation"),
+    [
+        *itertools.product(["strict", "upstream"], ["xla"]),
+        ("strict", "reference"),
+        pytest.param("strict", "interpret", marks=pytest.mark.slow),
+    ],
+)
+def test_golden_variable_lengths(variant, implementation):
     arrays, cfg = case_of(f"v1h {variant}")
     ends = arrays["cu_seqlens"]
     lengths = np.diff(ends)
     room = -(-lengths.max() // cfg.block_size) * cfg.block_size
     pad = lambda x: np.pad(x, ((0, room - len(x)), (0, 0), (0, 0)), constant_values=np.nan)  # noqa: E731
     padded = [np.stack([pad(x) for x in np.split(arrays[name], ends[1:-1])]) for name in "qkv"]
-    prefill = lambda q, k, v, length: flash_prefill(q, k, v, cfg, length=length)[0]  # noqa: E731
+    prefill = lambda q, k, v, length: flash_prefill(q, k, v, cfg, length=length, implementation=implementation)[0]  # noqa: E731
     out = jax.jit(jax.vmap(prefill))(*padded, lengths)
     np.testing.assert_allclose(
         np.concatenate([x[:length] for x, length in zip(out, lengths, strict=True)]), arrays["out"], rtol=0, atol=5e-6
@@ -141,6 +154,38 @@ def test_golden_variable_lengths(variant):
     assert all((x[length:] == 0).all() for x, length in zip(out, lengths, strict=True))
     gradients = jax.jit(jax.grad(lambda *x: jnp.sum(jax.vmap(prefill)(*x, lengths) ** 2), (0, 1, 2)))(*padded)
     assert all(np.isfinite(x).all() for x in gradients)
+
+
+def test_sequences_side_by_side_are_each_alone():
+    """Golden values between tokens of no sequence, which are NaN and reach nothing; the gradient is that of each."""
+    arrays, cfg = case_of("v1h strict")
+    around = ((3, 2), (0, 0), (0, 0))
+    qkv = tuple(np.pad(arrays[x], around, constant_values=np.nan) for x in "qkv")
+    ends = arrays["cu_seqlens"] + 3
+    prefill = partial(flash_prefill_varlen, cfg=cfg, max_seqlen=129)
+
+    def square(q, k, v, ends):
+        out, stats = prefill(q, k, v, ends)
+        return (out**2).sum(), (out, stats)
+
+    gradients, (out, stats) = jax.jit(jax.grad(square, (0, 1, 2), has_aux=True))(*qkv, ends)
+    np.testing.assert_allclose(out, np.pad(arrays["out"], around), rtol=0, atol=5e-6)
+    assert stats.density.shape == (4,) and stats.overflow.tolist() == [False] * 4
+    first, last = ends[1:3]  # 16 tokens
+    alone = jax.jit(jax.grad(lambda *x: (flash_prefill(*x, cfg)[0] ** 2).sum(), (0, 1, 2)))
+    for a, b in zip(gradients, alone(*(x[first:last] for x in qkv)), strict=True):
+        np.testing.assert_allclose(a[first:last], b, rtol=1e-6, atol=1e-5)
+        assert (a[:3] == 0).all() and (a[-2:] == 0).all()
+
+
+def test_sequences_that_are_too_long_are_an_overflow():
+    qkv = random_qkv(S=16)
+    prefill = lambda ends: flash_prefill_varlen(*qkv, ends, SMALL, max_seqlen=8)  # noqa: E731
+    out, stats = jax.jit(prefill)(jnp.array([0, 10, 16]))
+    assert stats.overflow.tolist() == [True, False]
+    assert (out[8:10] == 0).all() and (out[10:] != 0).all()
+    with pytest.raises(ValueError, match=r"longest sequence of cu_seqlens must be in \[0, 8\], got 10"):
+        prefill(jnp.array([0, 10, 16]))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -337,6 +382,61 @@ def test_devices_change_nothing(implementation, version):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+def shared_keys(implementation, B=2):
+    """(prefills of batches by name, shapes of q, k, v): one key head; two of them fall back to dense attention."""
+    packed = PackedPrefillConfig(alpha=0.6, block_size=64, tile_rows=64, sink_blocks=1, window_blocks=1)
+    small = FlashPrefillConfig(alpha=0.6, block_size=64, sink_blocks=1, window_blocks=1)
+    how = dict(correction=True, slots=2, dense_on_overflow=True, implementation=implementation)
+    prefills = {
+        "v1": lambda *qkv: flash_prefill(*qkv, small, **how)[0],
+        "v2": lambda *qkv: flash_prefill_packed(*qkv, packed, **how)[0],
+        "window": lambda *qkv: window_attention(*qkv, block_size=64, implementation=implementation)[0],
+    }
+    shapes = (B, 192, 4, 64), (B, 192, 1, 64), (B, 192, 1, 64)
+    return {name: jax.vmap(f) for name, f in prefills.items()}, shapes
+
+
+def gradients_over_heads(prefill, mesh):
+    """Gradients by q, k, v of query heads that are spread over a mesh, keys and values that are not."""
+    heads, everywhere = PartitionSpec(None, None, "heads"), PartitionSpec()
+    gradient = lambda *x: jax.grad(lambda *x: jnp.sum(prefill(*x).astype("float32") ** 2), (0, 1, 2))(*x)  # noqa: E731
+    specs = (heads, everywhere, everywhere)
+    return gradient, jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
+
+
+def test_devices_may_share_keys():
+    """As few key heads as multi-query attention has lie on all devices, and their gradients add up."""
+    prefills, shapes = shared_keys("xla")
+    qkv = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    alone, sharded = gradients_over_heads(prefills["v2"], Mesh(np.array(jax.devices()[:2]), ("heads",)))
+    for a, b in zip(sharded(*qkv), jax.jit(alone)(*qkv), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "implementation"), [("v1", "xla"), ("window", "xla"), ("v2", "pallas_tpu"), ("v1", "pallas_mgpu")]
+)
+def test_what_varies_over_devices_is_typed(version, implementation):
+    """As above, only traced: types name the axes of the mesh that values vary over, kernels' results too."""
+    prefills, shapes = shared_keys(implementation)
+    qkv = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    mesh = AbstractMesh((2,), ("heads",), axis_types=(AxisType.Auto,))
+    gradients = jax.eval_shape(gradients_over_heads(prefills[version], mesh)[1], *qkv)
+    assert [x.shape for x in gradients] == list(shapes)
+
+
+def test_the_correction_takes_few_steps_on_devices():
+    q, k = (jax.ShapeDtypeStruct((2**17, heads, 128), "bfloat16") for heads in (32, 8))
+    cfg = PackedPrefillConfig(alpha=0.1)
+
+    def steps(implementation):
+        f = lambda *qkv: flash_prefill_packed(*qkv, cfg, slots=64, implementation=implementation)[0]  # noqa: E731
+        lengths = re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(f)(q, k, k)))  # of all scans
+        return max(int(length) for length in lengths)
+
+    assert steps("pallas_tpu") <= 64 and steps("xla") >= 2048
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_accumulates_in_float32(implementation):
     narrow = random_qkv(seed=30, S=128, D=16, dtype=jnp.bfloat16)
@@ -390,6 +490,16 @@ def test_explain_names_the_implementation(capsys):
     flash_prefill(*random_qkv(), SMALL, implementation="xla", explain=True)
     dense_attention(*random_qkv(), block_size=8, explain=True)
     assert capsys.readouterr().out.splitlines()[0].startswith("flash_prefill: xla")
+    by_row = dataclasses.replace(SMALL, row_normalised=True)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in random_qkv()]
+    call = partial(flash_prefill, cfg=by_row, correction=True, implementation="pallas_tpu", explain=True)
+    jax.eval_shape(call, *shapes)
+    assert capsys.readouterr().out == (
+        "flash_prefill: pallas_tpu (as asked), xla for row-normalised energies and the mean correction\n"
+    )
+    energy = partial(block_energy, cfg=by_row, implementation="interpret", explain=True)
+    jax.eval_shape(energy, shapes[0], jax.ShapeDtypeStruct((5, 2, 8), "float32"))
+    assert capsys.readouterr().out == "block_energy: xla (row-normalised energies have no kernel)\n"
 
 
 Q, K = jnp.zeros((32, 4, 8)), jnp.zeros((32, 2, 8))
@@ -410,6 +520,21 @@ INDEX = compact_index(jnp.broadcast_to(dense_mask(4), (4, 4, 4)), 4)
         (lambda: flash_prefill(Q.astype(int), K, K, SMALL), "q must be floating point, got int"),
         (lambda: flash_prefill(Q, K, K, SMALL, slots=5), r"slots must be in \[1, 4\].* got 5"),
         (lambda: flash_prefill(Q, K, K, SMALL, length=33), r"length must be in \[0, 32\], got 33"),
+        (lambda: flash_prefill(Q, K, K, SMALL, length=20.0), "length must be an integer, got 20.0"),
+        (lambda: flash_prefill(Q, K, K, SMALL, length=jnp.array([8, 9])), r"length must be one number.* shape \(2,\)"),
+        (
+            lambda: jax.jit(lambda scale: flash_prefill(Q, K, K, SMALL, scale=scale))(0.5),
+            r"scale must be static, got a traced float32\[\]",
+        ),
+        (lambda: flash_prefill(Q, K, K, SMALL, scale=np.ones(2)), r"scale must be positive, got \[1. 1.\]"),
+        (
+            lambda: flash_prefill_varlen(Q, K, K, jnp.zeros(3), SMALL, max_seqlen=8),
+            r"cu_seqlens must be integers \[B \+ 1\], got float32\[3\]",
+        ),
+        (
+            lambda: flash_prefill_varlen(Q, K, K, jnp.array([0, 33]), SMALL, max_seqlen=8),
+            r"cu_seqlens\[-1\] must be in \[0, 32\], got 33",
+        ),
         (lambda: flash_prefill(Q, K, K, SMALL, implementation="fast"), "implementation must be one of .* got 'fast'"),
         (lambda: flash_prefill(Q, K, K, SMALL, scale=-1.0), "scale must be positive, got -1.0"),
         (lambda: block_sparse_attention(Q, K, K, INDEX, block_size=16), r"index must be \[4, 2, slots\]"),

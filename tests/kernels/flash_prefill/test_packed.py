@@ -11,12 +11,14 @@ from jax.test_util import check_grads
 
 from rollax.kernels.flash_prefill import (
     PackedPrefillConfig,
+    api,
     dense_attention,
     flash_prefill_packed,
     mean_pool,
     packed_energy,
     score,
     select_packed,
+    selection,
 )
 from rollax.tests.support import GOLDEN
 
@@ -54,6 +56,8 @@ def test_golden_selection(name, implementation):
     group = arrays["q"].shape[1] // arrays["k"].shape[1]
     mask = np.asarray(select_packed(energy, cfg, group=group, length=len(arrays["q"]), prefix=prefix))
     np.testing.assert_array_equal(mask, arrays["mask"])
+    first, _ = selection.packed_spans(mask.shape[1], cfg.tile_rows, group, prefix, len(arrays["q"]))
+    np.testing.assert_array_equal(api.corrected_blocks(mask, first, cfg.block_size), arrays["corrected"])
     # The published lists count keys in units of 64; of the last block only those that hold keys.
     per_block, units = cfg.block_size // 64, -(-len(arrays["k"]) // 64)
     fine = np.repeat(mask, per_block, axis=-1)[..., :units].reshape(-1, units)
@@ -138,6 +142,15 @@ def test_chunks_of_a_prompt_are_the_prompt(implementation):
         assert (out[length:] == 0).all()
 
 
+def test_the_last_chunk_may_be_padded():
+    """Keys for the valid queries are enough, also where prefix and length are not traced."""
+    q, k, v = random_qkv(seed=6, S=16, SK=40)
+    call = partial(flash_prefill_packed, cfg=DENSE, prefix=32, correction=False, implementation="reference")
+    out, _ = jax.jit(partial(call, length=8))(q, k, v)
+    np.testing.assert_allclose(out[:8], jax.jit(call)(q[:8], k, v)[0], rtol=0, atol=1e-6)
+    assert (out[8:] == 0).all()
+
+
 @pytest.mark.parametrize("implementation", [SLOW_REFERENCE, *IMPLEMENTATIONS[1:]])
 def test_correction_is_exact_for_constant_blocks(implementation):
     q, k, v = random_qkv(seed=1)
@@ -183,6 +196,8 @@ def test_overflow_and_density():
     [
         ({"prefix": 25}, r"prefix must be in \[0, 24\], got 25"),
         ({"prefix": -1}, r"prefix must be in \[0, 24\], got -1"),
+        ({"prefix": 41, "length": 8}, r"prefix must be in \[0, 40\], got 41"),
+        ({"prefix": 1.0}, "prefix must be an integer, got 1.0"),
         ({"length": 25}, r"length must be in \[0, 24\], got 25"),
         ({"slots": 7}, r"slots must be in \[1, 6\].* got 7"),
         (

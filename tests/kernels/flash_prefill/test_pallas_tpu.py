@@ -273,6 +273,13 @@ def test_lowers_inside_shard_map_over_heads(name):
     lower_for_tpu("TPU v5 lite", name, sharded, arguments, devices=2)
 
 
+def test_lowers_where_integers_have_64_bits():
+    calls = real_calls()
+    with jax.enable_x64(True):
+        for name in ("block_sparse_attention_dkv", "block_energy"):  # the first has the one for dq too
+            lower_for_tpu("TPU v5", name, *calls[name])
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [

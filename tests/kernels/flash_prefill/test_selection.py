@@ -259,6 +259,12 @@ def test_means_ignore_what_is_beyond_the_length():
         (lambda: FlashPrefillConfig(alpha=0.1, window_blocks=0), "window_blocks must be at least 1, got 0"),
         (lambda: FlashPrefillConfig(alpha=0.1, block_size=96), "block_size must be a power of two, got 96"),
         (lambda: FlashPrefillConfig(alpha=0.1, sink_blocks=-1), "sink_blocks must be at least 0, got -1"),
+        (lambda: FlashPrefillConfig(alpha=np.ones(2)), r"alpha must be one number, got an array of shape \(2,\)"),
+        (lambda: density(jnp.ones((15, 5), bool)), "visible must be given .* as many, got 15 and 5"),
+        (
+            lambda: density(compact_index(jnp.ones((5, 15), bool), 15)),
+            "visible must be given .* as many, got 5 and 15",
+        ),
         (lambda: PackedPrefillConfig(alpha=2), r"alpha must be in \[0, 1\], got 2"),
         (lambda: PackedPrefillConfig(alpha=0.1, tile_rows=100), "tile_rows must be a power of two, got 100"),
         (lambda: compact_index(dense_mask(4), 5), r"slots must be in \[1, 4\].* got 5"),

@@ -64,7 +64,7 @@ def test_forward_and_backward(name, at_once, monkeypatch):
     ],
 )
 def test_energies(name, rule, function, monkeypatch):
-    monkeypatch.setattr(xla, "SCORES_AT_ONCE", 3 * 8 * 4)  # several tiles at a time, and a rest
+    monkeypatch.setitem(xla.SCORES_AT_ONCE, "cpu", 3 * 8 * 4)  # several tiles at a time, and a rest
     (q, k, *_), _, ends, static = case_of(name)
     kbar = k.reshape(k.shape[0], -1, static["block"], 8).mean(2)
     functions = (partial(getattr(module, function), **static, scale=0.5, rule=rule) for module in (xla, reference))
