@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -224,11 +224,12 @@ def environment(target: str) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"} | extra
 
 
-def compile_all(target: str, match: str = "") -> dict[str, dict]:
-    """Compiles all cases whose name contains `match` for one target, in processes of their own.
+def compile_all(target: str, names: Sequence[str]) -> dict[str, dict]:
+    """Compiles the named cases for one target, in processes of their own.
 
     Returns:
-      A result for each case name, also written to `runs/aot/TARGET.jsonl`: "ok", then seconds and bytes, or "error".
+      A result for each case name, earlier ones of other cases included, also written to `runs/aot/TARGET.jsonl`: "ok",
+      then seconds and bytes, or "error".
     Raises:
       ValueError: the target's plug-in is not installed.
       RuntimeError: the plug-in does not start.
@@ -237,9 +238,9 @@ def compile_all(target: str, match: str = "") -> dict[str, dict]:
         raise ValueError(reason)
     RESULTS.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"{target}.jsonl"
-    kept = [line for name, line in lines_of(out) if name in cases() and match and match not in name]
+    kept = [line for name, line in lines_of(out) if name in cases() and name not in names]
     out.write_text("".join(f"{line}\n" for line in kept))
-    left = [name for name in cases() if match in name]
+    left = list(names)
     while left:
         command = [sys.executable, "-m", "rollax.kernels.aot", target, "--child", str(out), *left]
         done = len(lines_of(out))
@@ -298,18 +299,43 @@ def cell(result: dict | None) -> str:
     return ", ".join([*parts, f"temporary {size(result['temporary_bytes'])}"])
 
 
-def table(by_target: dict[str, dict[str, dict]]) -> Iterator[str]:
-    """Lines of Markdown: for each operator a table with a row a case and a column a target."""
+def table(by_target: dict[str, dict[str, dict]], earlier: dict[tuple[str, str], str] | None = None) -> Iterator[str]:
+    """Lines of Markdown: for each operator a table with a row a case and a column a target.
+
+    Args:
+      by_target: results by case name, of each target.
+      earlier: what `cells_of` read from a table before, for what has no result.
+    """
+    earlier = earlier or {}
     for operator in dict.fromkeys(case.operator for case in cases().values()):
         yield from (f"\n**{operator}**\n", f"| case | {' | '.join(by_target)} |", "|---" * (1 + len(by_target)) + "|")
         for name, case in cases().items():
             if case.operator == operator:
-                row = [cell(found.get(name)) for found in by_target.values()]
+                row = [
+                    earlier.get((name, target), cell(None)) if name not in found else cell(found[name])
+                    for target, found in by_target.items()
+                ]
                 yield f"| {name.removeprefix(operator + ' ')} | {' | '.join(row)} |"
+
+
+def cells_of(lines: Iterable[str]) -> dict[tuple[str, str], str]:
+    """The cells of what `table` wrote, by case name and target."""
+    found, operator, targets = {}, "", []
+    for line in lines:
+        name, *cells = line.strip("| ").split(" | ")
+        if line.startswith("**"):
+            operator = line.strip("*")
+        elif name == "case":
+            targets = cells
+        elif line.startswith("| "):
+            found |= {(f"{operator} {name}", target): text for target, text in zip(targets, cells, strict=True)}
+    return found
 
 
 def write_table() -> None:
     """Puts the results on disk between the two marker lines of kernels/README.md.
+
+    What has no result on disk keeps the cell that it has there: a checkout has the table and not the results.
 
     Raises:
       ValueError: the file has not exactly one of each marker.
@@ -319,15 +345,22 @@ def write_table() -> None:
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"README: expected one {begin!r} and one {end!r} in {README}")
     head, rest = text.split(begin)
-    version = f"jax {jax.__version__}; seconds are those of two shared CPU cores."
-    lines = [begin, version, *table({target: results(target) for target in TARGETS}), "", end]
-    README.write_text(head + "\n".join(lines) + rest.split(end)[1])
+    old, tail = rest.split(end)
+    by_target, earlier = {target: results(target) for target in TARGETS}, cells_of(old.splitlines())
+    fresh = {(name, target) for target, found in by_target.items() for name in found}
+    # Cells that stay are of the jax that is named already.
+    versions = re.findall(r"\d[\w.]*", old.split(";")[0]) if earlier.keys() - fresh else []
+    named = " and ".join(dict.fromkeys([*versions, jax.__version__]))
+    lines = [begin, f"jax {named}; seconds are those of two shared CPU cores.", *table(by_target, earlier), "", end]
+    README.write_text(head + "\n".join(lines) + tail)
 
 
 # The cases, at the sizes of a model of today: 32 query heads over 8 key and value heads of width 128.
 
 STEPS = ("forward", "backward")
 DTYPES = ("bfloat16", "float32")
+EVERY = tuple((step, dtype) for step in STEPS for dtype in DTYPES)
+BFLOAT16 = tuple((step, "bfloat16") for step in STEPS)
 Q, KV = 32, 8
 WIDTH = 128
 
@@ -344,20 +377,26 @@ def linear_log_prob_of(implementation):
     return partial(linear_log_prob, implementation=implementation)
 
 
-def prefill_of(implementation):
+def prefill_of(implementation, **more):
     from rollax.kernels.flash_prefill import FlashPrefillConfig, flash_prefill
 
     return lambda q, k, v: flash_prefill(
-        q, k, v, FlashPrefillConfig(alpha=0.1), slots=64, implementation=implementation
+        q, k, v, FlashPrefillConfig(alpha=0.1, **more), slots=64, implementation=implementation
     )[0]
 
 
 def packed_prefill_of(implementation):
     from rollax.kernels.flash_prefill import PackedPrefillConfig, flash_prefill_packed
 
-    return lambda q, k, v: flash_prefill_packed(
-        q, k, v, PackedPrefillConfig(alpha=0.1), slots=64, implementation=implementation
+    return lambda q, k, v, prefix=0: flash_prefill_packed(
+        q, k, v, PackedPrefillConfig(alpha=0.1), prefix=prefix, slots=64, implementation=implementation
     )[0]
+
+
+def window_of(implementation):
+    from rollax.kernels.flash_prefill import window_attention
+
+    return lambda q, k, v: window_attention(q, k, v, implementation=implementation)[0]
 
 
 def dense_of(implementation):
@@ -407,22 +446,26 @@ def wide(*shape: int) -> tuple:
 
 def cases() -> dict[str, Case]:
     """Every case by its name."""
-    rows = []  # (operator, variant, build, shapes, arguments to differentiate, implementation)
+    rows = []  # (operator, variant, build, shapes, arguments to differentiate, implementation[, passes and dtypes])
     for tokens in (32768, 131072):
-        qkv = ((tokens, Q, WIDTH), (tokens, KV, WIDTH), (tokens, KV, WIDTH))
+        keys = (tokens, KV, WIDTH)
+        qkv = ((tokens, Q, WIDTH), keys, keys)
         for variant, build in (("v1, 64 slots", prefill_of), ("v2, 64 slots", packed_prefill_of), ("dense", dense_of)):
             rows.append(("flash_prefill", f"{variant}, {tokens // 1024}K", build, qkv, (0, 1, 2), None))
+    normalised, chunk = partial(prefill_of, row_normalised=True), ((8192, Q, WIDTH), keys, keys, ((), "int32"))
+    rows += [  # `qkv` and `keys` of the longer prompt
+        ("flash_prefill", "v1 row-normalised, 64 slots, 128K", normalised, qkv, (0, 1, 2), None, BFLOAT16),
+        ("flash_prefill", "v2 chunk, 64 slots, 8K of 128K", packed_prefill_of, chunk, (0, 1, 2), None, BFLOAT16),
+        ("flash_prefill", "window, 128K", window_of, qkv, (0, 1, 2), None),
+    ]
     H, L, f = 32, 32768, 64
     sequence = (*[(1, H, L, f)] * 3, wide(16), wide(1, H, L))
     norm = (wide(H, f), wide(H, f))
     linear = (wide(H, f, f), wide(H, 1, f))
     mlp = (wide(H, f, 4 * f), wide(H, 1, 4 * f), wide(H, 4 * f, f), wide(H, 1, f))
     fast = (wide(1, 4, 512, 512),) * 3
-    query, lengths = (32, Q, WIDTH), ((32,), "int32")
-    cache = (32, KV, 32768, WIDTH)
     matrices = ("ttt", "newton-schulz, 12 of 512 x 512", newton_schulz_of, ((12, 512, 512),), (0,))
     small = ("ttt", "newton-schulz, 1536 of 128 x 128", newton_schulz_of, ((1536, 128, 128),), (0,))
-    decode = ("decode_attention", "batch 32, 32K", decode_attention_of, (query, cache, cache, lengths), (0, 1, 2))
     head = ((4096, 2048), (2048, 151936), ((4096,), "int32"))
     rows += [
         ("ttt", "linear, 32K", ttt_linear_of, (*sequence, *linear, *norm), tuple(range(9)), None),
@@ -438,15 +481,19 @@ def cases() -> dict[str, Case]:
         (*small, None),
         (*matrices, None),
         (*matrices, "xla"),
-        (*decode, None),
-        (*decode, "xla"),
+    ]
+    for rows_at_once, of in ((32, EVERY[:-1]), (16, EVERY[-1:])):  # 32 with gradients in float32 are 16 GiB
+        cache = (rows_at_once, KV, 32768, WIDTH)
+        shapes = ((rows_at_once, Q, WIDTH), cache, cache, ((rows_at_once,), "int32"))
+        decode = ("decode_attention", f"batch {rows_at_once}, 32K", decode_attention_of, shapes, (0, 1, 2))
+        rows += [(*decode, None, of), (*decode, "xla", of)]
+    rows += [
         ("linear_log_prob", "4K tokens, D 2048, V 151936", linear_log_prob_of, head, (0, 1), "xla"),
     ]
     every = [
         Case(operator, variant, step, dtype, build, shapes, wrt, implementation)
-        for operator, variant, build, shapes, wrt, implementation in rows
-        for step in STEPS
-        for dtype in DTYPES
+        for operator, variant, build, shapes, wrt, implementation, *of in rows
+        for step, dtype in (of[0] if of else EVERY)
     ]
     return {case.name: case for case in every}
 
@@ -468,8 +515,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_table()
     else:
         for target in options.targets or TARGETS:
-            for name, result in compile_all(target, options.match).items():
-                if options.match in name:
+            names = [name for name in cases() if options.match in name]
+            for name, result in compile_all(target, names).items():
+                if name in names:
                     print(f"{target}: {name}: {cell(result)}", flush=True)
 
 

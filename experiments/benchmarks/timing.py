@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rollax.experiments.harness.report import show
@@ -107,6 +108,21 @@ def duel(
     contestants = {"ours": ours} | ({} if peer is None else {"peer": peer})
     seconds = interleave(contestants, repeats, warm_up=warm_up)
     return Row(case, unit, work, seconds["ours"], seconds.get("peer", []), **more)
+
+
+def peak_operations(dtype: str, repeats: int, shape: tuple[int, int] | None = None) -> float:
+    """Floating-point operations a second of large matrix products: the roof of what is bound by arithmetic.
+
+    Args:
+      dtype: of the matrices; sums are in float32.
+      shape: (products of one call, rows of their square matrices). None for what takes this device milliseconds, beside
+        which the dispatch of a call is nothing.
+    """
+    count, size = shape or ((1, 2048) if jax.default_backend() == "cpu" else (8, 8192))
+    x = (size**-0.5 * jax.random.normal(jax.random.key(0), (size, size))).astype(dtype)  # powers of it stay of size 1
+    product = lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype)  # noqa: E731
+    multiply = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda _, y: product(x, y), x))
+    return 2 * count * size**3 / min(interleave({"products": lambda: seconds_of(multiply, x)}, repeats)["products"])
 
 
 def lines_of(rows: Sequence[Row]) -> list[list[str]]:

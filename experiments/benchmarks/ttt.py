@@ -8,8 +8,8 @@ One case a memory, pass and scan. TTT (arXiv 2407.04620) has two straightforward
 autodiff: "primal" takes a mini-batch at a time and holds the fast weights of each of its tokens, "tokens" goes token
 by token. LaCT (arXiv 2505.23884) has one, chunk by chunk with an autodiff pass for every matrix. Both sides get the
 same arrays and must give the same numbers. The JSON file also has the roofline fraction: operations by the cost model
-of the dual form and of the chunk update, a backward pass counted as two forward passes, over the speed of a large
-matrix product.
+of the dual form and of the chunk update, a backward pass counted as two forward passes, over the speed of large
+matrix products.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, interleave, publish, seconds_of
+from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, peak_operations, publish, seconds_of
 from rollax.experiments.harness.command_line import parse
 from rollax.kernels import ttt
 from rollax.kernels.ttt.reference import fast_model, layer_norm
@@ -140,13 +140,6 @@ def lact_case(length: int, config: Config):
     return (w, q, k, v, lr, mom), scan(config.implementation or None), {"chunks": scan("reference")}, operations
 
 
-def roofline(config: Config, size: int = 2048) -> float:
-    """Floating point operations a second of a large matrix product in the dtype of the tokens."""
-    x = jnp.ones((size, size), config.dtype)
-    multiply = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
-    return 2 * size**3 / min(interleave({"product": lambda: seconds_of(multiply, x)}, config.repeats)["product"])
-
-
 def passes(run: Callable) -> dict[str, tuple[Callable, int]]:
     """Forward, and forward with backward: a function of the arguments and its cost in forward passes."""
     first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
@@ -169,12 +162,12 @@ def agree(ours, theirs, case: str, dtype: str) -> float:
 def measure(name: str, length: int, config: Config, peak: float) -> list[Row]:
     """The rows of a memory at a length: each pass against each straightforward scan."""
     arguments, ours, peers, operations = lact_case(length, config) if name == "lact" else ttt_case(name, length, config)
+    rivals = {peer: passes(run) for peer, run in peers.items()} if config.peer else {None: {}}
     rows = []
-    for peer in peers if config.peer else (None,):
-        theirs = passes(peers[peer]) if peer else {}
-        for kind, (function, cost) in passes(ours).items():
+    for kind, (function, cost) in passes(ours).items():
+        program, compile_ours = compile_timed(function, arguments)
+        for peer, theirs in rivals.items():
             case = f"{name} {kind}, {length} tokens" + (f", {peer}" if peer else "")
-            program, compile_ours = compile_timed(function, arguments)
             rival, compile_peer = compile_timed(theirs[kind][0], arguments) if peer else (None, None)
             notes = {}
             if peer:
@@ -196,7 +189,7 @@ def measure(name: str, length: int, config: Config, peak: float) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
-    peak = roofline(config)
+    peak = peak_operations(config.dtype, config.repeats)
     rows = [row for length in config.lengths for name in config.cases for row in measure(name, length, config, peak)]
     print(f"roofline: {peak / 1e9:,.0f} GFLOP/s")
     for row in rows:

@@ -7,6 +7,7 @@ The same test runs the kernels of the platform (`-m gpu`) and, in minutes, those
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from rollax.kernels import flash_prefill, ttt
 from rollax.kernels.decode_attention import decode_attention
 
+ROOT = Path(__file__).parents[2]
 PLUG_INS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
 OF_LARGEST = {"float32": 2e-5, "bfloat16": 2e-2}  # tolerance, of the largest entry of an array
 STEPS_OF_ROUNDING = 2  # times that for Newton-Schulz: every step multiplies what the one before has rounded
@@ -140,12 +142,46 @@ def accelerator():
     return child.stdout.strip() if child.returncode == 0 else "cpu"
 
 
+def none_found():
+    """Why nothing runs on an accelerator: there is none, or JAX has no plug-in that finds it."""
+    asked = subprocess.run(["sh", ROOT / ".ci" / "setup", "device"], capture_output=True, text=True, check=False)
+    extra = asked.stdout.strip()
+    return f"JAX does not find the device of this machine: is jax[{extra}] there?" if extra else "no GPU or TPU here"
+
+
 @pytest.mark.timeout(3600)
 def test_on_the_accelerator():
     """Every test that is marked `gpu`, in a process that has the accelerator: this one has the CPU."""
     if (platform := accelerator()) == "cpu":
-        pytest.skip("JAX finds no GPU or TPU here")
+        pytest.skip(none_found())
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(__file__).parent)]
     child = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     said = (child.stdout + child.stderr)[-8000:]
     assert child.returncode == 0 and re.search(r"\d+ passed", child.stdout), f"on the {platform}:\n{said}"
+
+
+@pytest.mark.parametrize(
+    ("driver", "extra"), [("580.65.06\n580.65.06", "cuda13"), ("550.54.15", "cuda12"), ("n/a", "cuda12")]
+)
+def test_setup_installs_the_plug_in_of_a_gpu(tmp_path, monkeypatch, driver, extra):
+    """Where there is a driver; that the plug-in cannot be had, as here, is said in a line and no failure."""
+
+    def script(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    script(tmp_path / "bin" / "nvidia-smi", f"echo '{driver}'")
+    script(tmp_path / ".venv" / "bin" / "python", 'echo "$@" >>asked; exit 1')
+    (tmp_path / ".ci").mkdir()
+    for name, copy in (
+        (".ci/setup", ".ci/setup"),
+        ("pyproject.toml", "pyproject.toml"),
+        ("pyproject.toml", ".venv/installed.toml"),
+    ):
+        shutil.copy(ROOT / name, tmp_path / copy)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    assert none_found() == f"JAX does not find the device of this machine: is jax[{extra}] there?"
+    child = subprocess.run(["sh", tmp_path / ".ci" / "setup"], capture_output=True, text=True, check=True)
+    assert "==> not available: the tests that need it will be skipped" in child.stdout
+    assert (tmp_path / "asked").read_text().endswith(f" jax[{extra}]\n")
