@@ -45,10 +45,15 @@ def block_of(head, i, columns):
     return block, start, start + jnp.arange(columns) >= i * columns
 
 
+def product(equation, a, b):
+    """Sums in float32 at least; no fewer bits in a float32 product than float32 has, on any platform."""
+    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=wide, precision="highest")
+
+
 def tempered(hidden, head, temperature):
     """Logits over temperature, `[chunk, columns]`, in float32 at least."""
-    wide = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
-    return jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=wide) / temperature
+    return product("nd,dv->nv", hidden, head) / temperature
 
 
 def forward(hidden, head, targets, temperature, chunks, columns):
@@ -118,8 +123,8 @@ def tiled_backward(chunks, columns, saved, cotangents):
             d_temperature -= jnp.sum(counted * z) / temperature
             d_logits = (d_z / temperature).astype(h.dtype)
             once = d_logits if columns == V else jnp.where(new, d_logits, 0)
-            d_h += jnp.einsum("nv,dv->nd", once, block, preferred_element_type=wide)
-            d_block += jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=wide)
+            d_h += product("nv,dv->nd", once, block)
+            d_block += product("nd,nv->dv", h, d_logits)
             return (d_block, d_temperature), d_h
 
         start = alike(jnp.zeros(block.shape, wide), d_temperature)

@@ -13,6 +13,7 @@ start of every `group` mini-batches (None: as the backend likes), left out witho
 `refusal(operator, tokens, weights, mini_batch=None, group=None)` what it cannot take; its functions take `interpret`.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -59,9 +60,14 @@ def per_row(x, B, H, ndim):
 
 
 def run(chosen, name, *args, **static):
-    """A backend's function; inside `shard_map` its results vary as the arguments do, which not all kernels say."""
+    """A backend's function; inside `shard_map` its results vary as the arguments do, which not all kernels say.
+
+    Products keep all bits of float32 tokens on every platform; with narrower tokens they are at its default precision.
+    """
     module, more = backend(__package__, chosen)
-    leaves, tree = jax.tree.flatten(getattr(module, name)(*args, **static, **more))
+    narrow = any(x.dtype.itemsize < 4 for x in jax.tree.leaves(args))
+    with nullcontext() if narrow else jax.default_matmul_precision("highest"):
+        leaves, tree = jax.tree.flatten(getattr(module, name)(*args, **static, **more))
     return tree.unflatten(alike(args[0], *leaves)[1:])
 
 

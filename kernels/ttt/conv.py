@@ -14,6 +14,8 @@ def depthwise_conv3d(x, kernel, *, pad="edge", temporal="centered", halo=None):
       temporal: "centered" reads frames t-1, t, t+1; "causal" reads t-2, t-1, t.
       halo: (frames before, frames after) in place of padding in time, as a stream cut into pieces needs: `[B, 1, ...]`
         each if centered, `([B, 2, ...], None)` if causal. None for either pads there.
+    Returns:
+      `[B, T, h, w, C]` in the wider type of x and kernel, summed in float32 at least; T may be 0.
     Raises:
       ValueError: shapes that do not fit, an unknown option.
     """
@@ -27,15 +29,19 @@ def depthwise_conv3d(x, kernel, *, pad="edge", temporal="centered", halo=None):
     if temporal not in ("centered", "causal"):
         raise ValueError(f'temporal must be "centered" or "causal", got {temporal!r}')
     B, T, h, w, C = x.shape
+    dtype = jnp.result_type(x, kernel)
     mode = "edge" if pad == "edge" else "constant"
     frames = (1, 1) if temporal == "centered" else (2, 0)
     halo = (None, None) if halo is None else tuple(halo)
     for name, piece, count in zip(("before", "after"), halo, frames, strict=True):
         if piece is not None and jnp.shape(piece) != (B, count, h, w, C):
             raise ValueError(f"halo {name} must be [{B}, {count}, {h}, {w}, {C}], got {jnp.shape(piece)}")
+    if x.size == 0:
+        return x.astype(dtype)
     missing = [count if piece is None else 0 for piece, count in zip(halo, frames, strict=True)]
     x = jnp.concatenate([p if p is not None else x[:, :0] for p in (halo[0], x, halo[1])], 1)
     x = jnp.pad(x, ((0, 0), tuple(missing), (1, 1), (1, 1), (0, 0)), mode)
     # Twenty-seven shifted products: one fused loop on every backend, where grouped convolutions are slow on CPUs.
+    x, kernel = (a.astype(jnp.promote_types(dtype, jnp.float32)) for a in (x, kernel))
     taps = [(t, i, j) for t in range(3) for i in range(3) for j in range(3)]
-    return sum(x[:, t : t + T, i : i + h, j : j + w] * kernel[t, i, j] for t, i, j in taps)
+    return sum(x[:, t : t + T, i : i + h, j : j + w] * kernel[t, i, j] for t, i, j in taps).astype(dtype)

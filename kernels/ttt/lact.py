@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rollax.kernels.backends import alike, named
 from rollax.kernels.ttt.api import FastWeights, apply_of, check_tokens, check_weights, choose_lact, fold, grads_of
-from rollax.kernels.ttt.newton_schulz import FIXED5, MUON5, newton_schulz, newton_schulz_of
+from rollax.kernels.ttt.newton_schulz import FIXED5, MUON5, newton_schulz, newton_schulz_beside
 
 NAMES = ("w0", "w1", "w2")
 EPS = 1e-5  # of the rows' norms
@@ -94,8 +94,17 @@ class Operators(NamedTuple):
     newton_schulz: Callable
 
 
-def operators_of(chosen):
-    return Operators(apply_of(chosen), grads_of(chosen), newton_schulz_of(chosen))
+def operators_of(chosen, w, rule, explain):
+    """Of the implementation chosen for a rule on weights w `[N, ...]`; `explain` prints that of Newton-Schulz too."""
+    together = jax.ShapeDtypeStruct((len(rule.only), *w.w0.shape), w.w0.dtype)  # as `orthogonalised` stacks them
+    beside = newton_schulz_beside(chosen, together, rule.coeffs, rule.ns_dtype, explain) if rule.muon else chosen
+    return Operators(apply_of(chosen), grads_of(chosen), partial(newton_schulz, implementation=beside))
+
+
+def alike_trees(*trees):
+    """`alike` of all their arrays."""
+    leaves, structure = jax.tree.flatten(trees)
+    return structure.unflatten(alike(*leaves))
 
 
 def check_rule(rule, chunk=1):
@@ -310,6 +319,9 @@ def over_windows(initial, memory, buffers, n, x, starts, count, rule, operators,
     C, L = buffers[0].shape[1], x[0].shape[1]
     if L == 0:
         return memory, buffers, n, x[0]
+    # Places first, and apart: over heads they do not vary, and so the state's n_buf does not.
+    n, starts, count = alike_trees(n, starts, count)
+    initial, memory, buffers, x, _ = alike_trees(initial, memory, buffers, x, n)
 
     def body(carry, piece):
         x, starts, at = piece
@@ -384,11 +396,12 @@ def lact_step(state, q, k, v, lr, mom=None, *, chunk, rule=TRAINED, implementati
     rows = Memory(*folded(tuple(state[:4])))
     x = tokens_of(q, k, v, lr, mom, rule, rows.w.w0.dtype)
     chosen = choose_lact("lact_step", named(implementation, impl), explain, q, rows.w)
+    operators = operators_of(chosen, rows.w, rule, explain)
     buffers = folded(tuple(state[4:8]))
     x = (x[0], *(a if a is None else a.astype(b.dtype) for a, b in zip(x[1:], buffers, strict=True)))
     n = jnp.repeat(state.n_buf, H)
     count = jnp.full(B * H, q.shape[2], jnp.int32)
-    memory, buffers, n, out = over_windows(None, rows, buffers, n, x, None, count, rule, operators_of(chosen), 1)
+    memory, buffers, n, out = over_windows(None, rows, buffers, n, x, None, count, rule, operators, 1)
     state = LactState(*unfolded(memory, B, H), *unfolded(buffers, B, H), n.reshape(B, H)[:, 0])
     return out.reshape(q.shape), state
 
@@ -451,10 +464,9 @@ def lact_scan(
     B, H, L, d = q.shape
     memory = fresh(check_weights(w0, B, H, d), rule)
     x = tokens_of(q, k, v, lr, mom, rule, memory.w.w0.dtype)
-    leaves, tree = jax.tree.flatten((memory, x))
-    memory, x = tree.unflatten(alike(*leaves))
+    memory, x = alike_trees(memory, x)
     chosen = choose_lact("lact_scan", named(implementation, impl), explain, q, memory.w)
-    how = rule, operators_of(chosen)
+    how = rule, operators_of(chosen, memory.w, rule, explain)
     empty = folded(empty_buffers(B, H, chunk, d, k.dtype, memory.w.w0.dtype, rule))
     if segment_ids is not None:
         if jnp.shape(segment_ids) != (B, L):
@@ -476,6 +488,8 @@ def lact_scan(
 def aligned_scan(memory, x, C, order, rule, operators, every):
     """(memory, out) of one sequence a row: every chunk at the same place in every row."""
     L = x[0].shape[1]
+    if L == 0:
+        return memory, x[0]
 
     def body(memory, x):
         q, *kv = x
@@ -549,8 +563,9 @@ def lact_segments(
             raise ValueError(f"segments must be (start, end, update, apply) within 0..{L}, got {segment}")
     memory = fresh(check_weights(w0, B, H, d), rule)
     x = tokens_of(q, k, v, lr, mom, rule, memory.w.w0.dtype)
+    memory, x = alike_trees(memory, x)
     chosen = choose_lact("lact_segments", named(implementation, impl), explain, q, memory.w)
-    operators = operators_of(chosen)
+    operators = operators_of(chosen, memory.w, rule, explain)
     out = jnp.zeros_like(x[0])
     for start, end, update, apply in segments:
         part = jax.tree.map(lambda a: a[:, start:end], x)  # noqa: B023

@@ -26,7 +26,7 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
       g: `[..., m, n]`, any leading axes.
       coeffs: triples, static: `MUON5`, `FIXED5`, or others.
       dtype: of the iteration, such as "bfloat16" (what the authors run, and what Hopper's kernel takes); None for that
-        of g.
+        of g. Products of float32 are in "xla" at `jax.default_matmul_precision`: on a GPU TF32, finer than bfloat16.
       implementation: see `rollax.kernels.backends`, "reference" is "xla"; `impl` is the same.
       explain: print which and why.
     Returns:
@@ -46,17 +46,17 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     return iterate(g.reshape(-1, *g.shape[-2:]), chosen, coeffs, eps, dtype).reshape(g.shape)
 
 
-def newton_schulz_of(chosen):
-    """`newton_schulz` beside other operators of an implementation: in "xla" where its kernels refuse."""
-
-    def run(g, *, coeffs, dtype):
-        if chosen in ("reference", "xla"):
-            return newton_schulz(g, coeffs=coeffs, dtype=dtype, implementation=chosen)
+def newton_schulz_beside(chosen, g, coeffs, dtype, explain=False):
+    """The implementation for g (an array or shape) beside other operators that run in the one chosen: "xla" where its
+    kernel refuses; `explain` prints which and why."""
+    reason = "as the other operators"
+    if chosen not in ("reference", "xla"):
         kernels, _ = backend(__package__, chosen)
-        fits = kernels.newton_schulz_refusal(g, coeffs, dtype) is None
-        return newton_schulz(g, coeffs=coeffs, dtype=dtype, implementation=chosen if fits else "xla")
-
-    return run
+        if refused := kernels.newton_schulz_refusal(g, coeffs, dtype):
+            chosen, reason = "xla", refused
+    if explain:
+        print(f"newton_schulz: {chosen} ({reason})")
+    return chosen
 
 
 def polynomial(x, b, c):

@@ -40,6 +40,11 @@ def dot_backward(axes, dtype, saved, d_out):
 dot.defvjp(dot_forward, dot_backward)
 
 
+def shape_like(shape, dtype, array):
+    """The type of an output that varies over the mesh axes that the array varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+
+
 def padded(n, multiple):
     return -(-n // multiple) * multiple
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rollax.kernels.ttt.pallas_tpu_common import BUDGET, LANES, NN, NT, TN, dot, matrix_bytes, padded
+from rollax.kernels.ttt.pallas_tpu_common import BUDGET, LANES, NN, NT, TN, dot, matrix_bytes, padded, shape_like
 from rollax.kernels.ttt.xla import gelu_and_slope, reconstruction_gradient, standardise
 
 
@@ -306,7 +306,7 @@ def call(kernel, s, inputs, outputs, scratch, name, reverse, interpret):
         grid=(s.N // s.P, s.groups),
         in_specs=[spec(*x) for x in inputs],
         out_specs=[spec(*x) for x in outputs],
-        out_shape=[x for x, _ in outputs],
+        out_shape=[shape_like(x.shape, x.dtype, inputs[0][0]) for x, _ in outputs],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rollax.kernels.ttt.pallas_tpu_common import BUDGET, LANES, NN, NT, TN, dot, matrix_bytes, padded
+from rollax.kernels.ttt.pallas_tpu_common import BUDGET, LANES, NN, NT, TN, dot, matrix_bytes, padded, shape_like
 
 
 def read(w0, w1, w2, q, *, dtype):
@@ -160,9 +160,6 @@ def refusal(tokens, weights):
     return None
 
 
-shape = jax.ShapeDtypeStruct
-
-
 def call(kernel, needs, weights, tokens, sums, outputs, scratch, name, tile, interpret):
     """Runs a kernel on the grid (heads, token tiles): refs weights, tokens | sums, outputs | scratch `[tile, ...]`.
 
@@ -185,7 +182,8 @@ def call(kernel, needs, weights, tokens, sums, outputs, scratch, name, tile, int
         grid=(N, -(-C // tile)),
         in_specs=[whole(x) for x in weights] + [cut(x) for x in tokens],
         out_specs=[whole(x) for x in weights[:sums]] + [cut(x) for x in outputs],
-        out_shape=[shape(x.shape, jnp.float32) for x in weights[:sums]] + [shape(x.shape, x.dtype) for x in outputs],
+        out_shape=[shape_like(x.shape, jnp.float32, x) for x in weights[:sums]]
+        + [shape_like(x.shape, x.dtype, x) for x in outputs],
         scratch_shapes=[pltpu.VMEM((tile, x.shape[2]), jnp.float32) for x in scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
@@ -330,7 +328,7 @@ def call_newton_schulz(kernel, arrays, coeffs, eps, dtype, wide, square, kept, n
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), spec]
         + [pl.BlockSpec(memory_space=pl.ANY)] * (len(inputs) - 1),
         out_specs=spec,
-        out_shape=shape((M, m, n), jnp.float32),
+        out_shape=shape_like((M, m, n), jnp.float32, inputs[0]),
         scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,

@@ -4,8 +4,12 @@ Slow on purpose; `xla.py` and the kernels must equal this. TTT-Linear and TTT-ML
 LaCT: arXiv 2505.23884, section 3.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+
+exact = partial(jax.default_matmul_precision, "highest")  # products of float32 are that on every platform
 
 
 def layer_norm(z, weight, bias, eps=1e-6):
@@ -64,7 +68,8 @@ def ttt_scan(q, k, v, eta_pos, gate, params, ln_weight, ln_bias, *, mini_batch):
         params, out = jax.lax.scan(step, params, jax.tree.map(split, (q, k, v, gate)))
         return out.reshape(q.shape), params
 
-    return jax.vmap(head)(q, k, v, gate, params, ln_weight, ln_bias)
+    with exact():
+        return jax.vmap(head)(q, k, v, gate, params, ln_weight, ln_bias)
 
 
 def swiglu(w0, w1, w2, x):
@@ -74,7 +79,8 @@ def swiglu(w0, w1, w2, x):
 
 def lact_apply(w0, w1, w2, q):
     """w0, w2 `[N, h, d]`, w1 `[N, d, h]`, q `[N, C, d]` to `[N, C, d]`."""
-    return jax.vmap(swiglu)(w0, w1, w2, q)
+    with exact():
+        return jax.vmap(swiglu)(w0, w1, w2, q)
 
 
 def lact_grads(w0, w1, w2, k, v, lr):
@@ -84,4 +90,5 @@ def lact_grads(w0, w1, w2, k, v, lr):
         score = lambda w, rate: jnp.sum(rate * jnp.sum(swiglu(*w, k) * v, axis=-1))  # noqa: E731
         return tuple(jax.grad(score)((w0, w1, w2), lr[:, i])[i] for i in range(3))
 
-    return jax.vmap(head)(w0, w1, w2, k, v, lr)
+    with exact():
+        return jax.vmap(head)(w0, w1, w2, k, v, lr)

@@ -35,11 +35,20 @@ def sliding_window_attention(
     if segment_ids is not None and jnp.shape(segment_ids) != (B, L):
         raise ValueError(f"segment_ids must be [{B}, {L}], got {jnp.shape(segment_ids)}")
     chosen = backends.resolve("sliding_window_attention", backends.named(implementation, impl), {}, explain=explain)
+    if L == 0:
+        return q
     ids = jnp.zeros((B, L), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     q = q.reshape(B, k.shape[1], -1, L, d)
     attend = dense if chosen == "reference" else banded
     out = attend(q, k, v, ids, min(window, L), d**-0.5 if scale is None else scale)
     return out.reshape(B, H, L, d)
+
+
+def product(spec, a, b):
+    """Sums in float32 at least; no fewer bits in a float32 product than float32 has, on any platform."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    # Not asked of narrow operands: in their gradients one is float32, and would be multiplied several times.
+    return jnp.einsum(spec, a, b, preferred_element_type=wide, precision="highest" if a.dtype == wide else None)
 
 
 def softmax_of(scores, seen, v, spec, dtype):
@@ -48,7 +57,7 @@ def softmax_of(scores, seen, v, spec, dtype):
     p = jnp.where(seen, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
     total = p.sum(-1, keepdims=True)
     p = (p / jnp.where(total > 0, total, 1)).astype(v.dtype)
-    return jnp.einsum(spec, p, v, preferred_element_type=scores.dtype).astype(dtype)
+    return product(spec, p, v).astype(dtype)
 
 
 def visible(query_at, key_at, query_ids, key_ids, window):
@@ -61,17 +70,15 @@ def visible(query_at, key_at, query_ids, key_ids, window):
 
 def dense(q, k, v, ids, window, scale):
     """The definition: a mask of `[L, L]`. q `[B, HK, g, L, d]`, k, v `[B, HK, L, d]`."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     at = jnp.arange(q.shape[3])
     seen = visible(at, at, ids, ids, window)[:, None, None]
-    scores = scale * jnp.einsum("bhgqd,bhkd->bhgqk", q, k, preferred_element_type=wide)
+    scores = scale * product("bhgqd,bhkd->bhgqk", q, k)
     return softmax_of(scores, seen, v, "bhgqk,bhkd->bhgqd", q.dtype)
 
 
 def banded(q, k, v, ids, window, scale):
     """Blocks of `window` queries against the keys of their own block and of the one before."""
     L, W = q.shape[3], window
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     n = -(-L // W)
 
     def blocks(x, axis, fill=0):
@@ -88,6 +95,6 @@ def banded(q, k, v, ids, window, scale):
     q, k, v, ids = blocks(q, 3), blocks(k, 2), blocks(v, 2), blocks(ids, 1, -1)
     k, v, key_ids = with_previous(k, 2), with_previous(v, 2), with_previous(ids, 1, -1)
     seen = visible(jnp.arange(W, 2 * W), jnp.arange(2 * W), ids, key_ids, W)[:, None, None]
-    scores = scale * jnp.einsum("bhgnqd,bhnkd->bhgnqk", q, k, preferred_element_type=wide)
+    scores = scale * product("bhgnqd,bhnkd->bhgnqk", q, k)
     out = softmax_of(scores, seen, v, "bhgnqk,bhnkd->bhgnqd", q.dtype)
     return out.reshape(*out.shape[:3], n * W, -1)[..., :L, :]

@@ -90,14 +90,36 @@ def test_bfloat16_accumulates_in_float32(inputs):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0.03, atol=0.03)
 
 
-def sizes_in(jaxpr):
-    """The number of elements of every value in a jaxpr and all jaxprs inside it."""
+def test_float32_products_are_exact_on_every_platform(inputs):
+    """Logits and both gradients; of bfloat16 no operand is widened, which would cost several products."""
+    hidden, head, targets = inputs
+
+    def program(dtype):
+        loss = lambda *x: linear_log_prob(*x, targets, columns=20)[0].sum()  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden.astype(dtype), head.astype(dtype))
+        return [e for e in equations_in(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+
+    assert len(program(jnp.float32)) == 4
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for product in program(dtype):
+            assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+            assert all(operand.aval.dtype == dtype for operand in product.invars)
+
+
+def equations_in(jaxpr):
+    """Those of a jaxpr and of all jaxprs inside it."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
+        yield equation
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from sizes_in(inner)
+                yield from equations_in(inner)
+
+
+def sizes_in(jaxpr):
+    """The number of elements of every value in a jaxpr and all jaxprs inside it."""
+    for equation in equations_in(jaxpr):
+        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
 
 
 @pytest.mark.parametrize("tile", [{"chunk": 64}, {"columns": 64}, {"chunk": 128, "columns": 128}])

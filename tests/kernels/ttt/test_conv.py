@@ -43,6 +43,20 @@ def test_causal_sees_no_later_frame(inputs):
     assert not np.allclose(out[:, 3], other[:, 3])
 
 
+def test_bfloat16_accumulates_in_float32(inputs):
+    """The sum is rounded once: within half a unit in the last place of the one in float32."""
+    narrow = [x.astype(jnp.bfloat16) for x in inputs]
+    out, exact = depthwise_conv3d(*narrow), depthwise_conv3d(*(x.astype(jnp.float32) for x in narrow))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2.0**-8, atol=1e-6)
+
+
+def test_no_frames_no_output(inputs):
+    none = inputs[0][:, :0]
+    out = depthwise_conv3d(none, inputs[1].astype(jnp.bfloat16))
+    assert out.shape == none.shape and out.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("temporal", ["centered", "causal"])
 def test_pieces_with_halo_make_the_whole(inputs, temporal):
     x, kernel = inputs

@@ -296,6 +296,41 @@ def test_vmap_and_shard_map():
     close(jax.tree.map(lambda a: a[0], together), (dw, dx))
 
 
+def test_shard_map_of_packing_streams_and_segments():
+    """Over batch and heads, weights shared by the batch; the stream begins inside."""
+    w, x, ids = weights(), stream(3), jnp.asarray([[0, 0, 1], [2, -1, 3]])
+    how = dict(chunk=2, rule=DESCENT)
+
+    def forms(w, x, ids):
+        packed, state = ttt.lact_scan(w, *x, segment_ids=ids, **how)
+        begun = ttt.lact_init(w, batch=x[0].shape[0], dtype=x[0].dtype, **how)
+        streamed, begun = ttt.lact_step(begun, *cut(x, 0, 1), **how)
+        both, _ = ttt.lact_segments(w, *x, segments=[(0, 3, 1, 1)], rule=DESCENT)
+        out = packed, streamed, both
+        return sum(jnp.sum(jnp.sin(a)) for a in out), (out, state, begun)
+
+    def local(w, x, ids):
+        (_, value), gradient = jax.value_and_grad(forms, argnums=(0, 1), has_aux=True)(w, x, ids)
+        return value, gradient
+
+    expected = jax.jit(local)(w, x, ids)
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("batch", "heads"))
+    tokens, weights_over = P("batch", "heads"), jax.tree.map(lambda _: P("heads"), w)
+    in_specs = (weights_over, (tokens,) * 5, P("batch"))
+    values = jax.tree.map(lambda a: P("batch") if a.ndim == 1 else tokens, expected[0])
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(values, in_specs[:2]))
+    close(jax.jit(sharded)(w, x, ids), expected)
+
+
+def test_no_tokens_change_nothing():
+    w, x = weights(), cut(stream(1), 0, 0)
+    begun = ttt.lact_init(w, batch=B, chunk=C, rule=MUON, dtype=x[0].dtype)
+    for order in ("apply_update", "update_apply"):
+        out, state = ttt.lact_scan(w, *x, chunk=C, rule=MUON, order=order)
+        assert out.shape == (B, H, 0, D)
+        close(state, begun, 0)
+
+
 def test_narrow_tokens_keep_a_wide_state():
     w, x = weights(), stream(2 * C + 1)
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (w, x))

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 from rollax.kernels.backends import hopper_refusal
-from rollax.kernels.ttt import FIXED5, MUON5, api, newton_schulz, pallas_mgpu, reference
+from rollax.kernels.ttt import FIXED5, MUON5, UpdateRule, api, lact_scan, newton_schulz, pallas_mgpu, reference
 from rollax.kernels.ttt.pallas_mgpu_lact import hidden_layer, second_gradients, weighted_gradients
 from rollax.kernels.ttt.pallas_mgpu_mlp import gelu
 from rollax.kernels.ttt.pallas_mgpu_newton_schulz import combine, on_chip
@@ -110,12 +110,24 @@ def test_epilogues_are_the_gate_and_its_gradients():
 
 
 def check_newton_schulz(run, *shape, coeffs=MUON5):
-    """Matrices in float32, iterated in bfloat16; five steps and their gradient round products of rounded products."""
+    """Matrices in float32, iterated in bfloat16; five steps and their gradient round products of rounded products.
+
+    `python -m pytest -n 0 -s -m slow tests/kernels/ttt/test_pallas_mgpu.py -k newton_schulz_shapes` prints by how much.
+    """
     g, d_out = normal(0, *shape), normal(1, *shape)
     want, pull = jax.vjp(partial(newton_schulz, coeffs=coeffs), g)
     static = dict(coeffs=coeffs, dtype="bfloat16")
-    assert_close(run(partial(pallas_mgpu.newton_schulz, **static), g), want, 2 * OF_LARGEST)
-    assert_close(run(partial(pallas_mgpu.newton_schulz_backward, **static), g, d_out), pull(d_out)[0], 3 * OF_LARGEST)
+    out = run(partial(pallas_mgpu.newton_schulz, **static), g)
+    d_g = run(partial(pallas_mgpu.newton_schulz_backward, **static), g, d_out)
+    in_xla, pull_xla = jax.vjp(partial(newton_schulz, implementation="xla", **static), g)
+    off = lambda x, y: float(jnp.abs(x - y).max() / jnp.abs(y).max())  # noqa: E731
+    (d_want,), (d_xla,) = pull(d_out), pull_xla(d_out)
+    print(
+        f"\n{shape}, of the largest entry: kernel off by {off(out, want):.2%}, its gradient by {off(d_g, d_want):.2%}"
+    )
+    print(f"  xla in bfloat16 by {off(in_xla, want):.2%}, its gradient by {off(d_xla, d_want):.2%}")
+    assert_close(out, want, 2 * OF_LARGEST)
+    assert_close(d_g, d_want, 3 * OF_LARGEST)
 
 
 def test_gelu_and_its_derivatives():
@@ -287,6 +299,22 @@ def test_newton_schulz_says_why_not(capsys):
         newton_schulz(jnp.ones((4, 4)), implementation="pallas_mgpu")
     newton_schulz(jnp.ones((4, 4)), explain=True)
     assert capsys.readouterr().out == "newton_schulz: xla (no kernel for cpu)\n"
+
+
+def test_lact_says_where_newton_schulz_runs(capsys):
+    """By default it iterates in float32, beside kernels for the tokens."""
+    w, (k, v), lr, _ = jax.tree.map(lambda x: x[:, None], lact_inputs(C=8, d=64))
+
+    def said(**rule):
+        rule = UpdateRule(momentum=False, **rule)
+        run = partial(lact_scan, chunk=4, rule=rule, implementation="pallas_mgpu", explain=True)
+        jax.eval_shape(run, [x[0] for x in w], k, k, v, lr)
+        return capsys.readouterr().out.splitlines()
+
+    chosen, why = "lact_scan: pallas_mgpu (as asked)", "the iteration must be in float16 or bfloat16, got float32"
+    assert said() == [chosen, f"newton_schulz: xla ({why})"]
+    assert said(ns_dtype="bfloat16") == [chosen, "newton_schulz: pallas_mgpu (as the other operators)"]
+    assert said(muon=False) == [chosen]
 
 
 def struct(*shape, dtype=jnp.float32):

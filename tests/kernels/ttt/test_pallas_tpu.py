@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
 
 from rollax.kernels import ttt
 from rollax.kernels.ttt import pallas_tpu, reference
@@ -220,6 +221,35 @@ def test_lowers(kind, dtype):
     g = shape((12, 512, 512), jnp.float32)
     lower(partial(pallas_tpu.newton_schulz, coeffs=ttt.MUON5, dtype=dtype), g)
     lower(partial(pallas_tpu.newton_schulz_backward, coeffs=ttt.MUON5, dtype=dtype), g, g)
+
+
+def test_lowers_inside_shard_map():
+    """Gradients of the public functions over batch and heads, weights and rates shared by the batch."""
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    shape = lambda *x: jax.ShapeDtypeStruct(x, jnp.float32)  # noqa: E731
+    B, H, L, f, K = 2, 2, 32, 64, 16
+    tokens, heads = P("batch", "heads"), P("heads")
+    q, gate, norm, square = shape(B, H, L, f), shape(B, H, L), (shape(H, f),) * 2, shape(H, f, f)
+
+    def dual(q, *args):
+        return ttt.ttt_linear_scan(q, q, q, *args, mini_batch=K, implementation="pallas_tpu")[0]
+
+    def lact(w, q, lr, mom, ids):
+        return ttt.lact_scan(w, q, q, q, lr, mom, chunk=K, segment_ids=ids, implementation="pallas_tpu")[0]
+
+    ids = jax.ShapeDtypeStruct((B, L), jnp.int32)
+    dual_specs, dual_args = (tokens, P(), tokens, heads, heads), (q, shape(K), gate, (square, shape(H, 1, f)), norm)
+    lact_specs, lact_args = (heads, *(tokens,) * 3, P("batch")), ((square,) * 3, q, shape(B, H, L, 3), gate, ids)
+    for function, specs, args, names in (
+        (dual, dual_specs, dual_args, ("ttt_forward", "ttt_backward")),
+        (lact, lact_specs, lact_args, ("lact_apply", "lact_grads", "newton_schulz")),
+    ):
+        gradient = jax.grad(lambda *x: jnp.sum(function(*x)), argnums=(0, 1))  # noqa: B023
+        with use_abstract_mesh(mesh):
+            sharded = jax.shard_map(gradient, in_specs=specs, out_specs=specs[:2])
+            text = jax.jit(sharded).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+        assert all(f'kernel_name = "{name}' in text for name in names)
 
 
 def test_refusals():

@@ -69,6 +69,24 @@ def test_vmap_and_bfloat16(inputs):
     np.testing.assert_allclose(narrow.astype(jnp.float32), f(*inputs), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_no_tokens_no_output(inputs, implementation):
+    none = [x[:, :, :0] for x in inputs]
+    assert sliding_window_attention(*none, window=3, implementation=implementation).shape == (B, H, 0, D)
+
+
+def test_precision_is_that_of_the_tokens(inputs):
+    """All bits of float32 in both passes, one product of bfloat16: where a platform would round, the program says."""
+
+    def program(dtype):
+        loss = lambda *x: jnp.sum(sliding_window_attention(*x, window=3).astype(jnp.float32))  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*(x.astype(dtype) for x in inputs)))
+
+    wide = program(jnp.float32)
+    assert wide.count("dot_general") == wide.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
+    assert "HIGHEST" not in program(jnp.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

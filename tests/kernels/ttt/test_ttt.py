@@ -152,6 +152,20 @@ def test_rate_zero_reads_only(kind):
     np.testing.assert_array_equal(out, again)
 
 
+def test_precision_is_that_of_the_tokens():
+    """All bits of float32 in both passes; with bfloat16 tokens, whose weights are float32, as the platform likes."""
+    arguments = inputs("linear", K + 1)
+
+    def program(dtype):
+        narrow = *(x.astype(dtype) for x in arguments[:3]), *arguments[3:]
+        gradient = jax.grad(lambda a: jnp.sum(ttt.ttt_linear_scan(*a, mini_batch=K)[0].astype(jnp.float32)))
+        return str(jax.make_jaxpr(gradient)(narrow))
+
+    wide = program(jnp.float32)
+    assert wide.count("dot_general") == wide.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
+    assert "HIGHEST" not in program(jnp.bfloat16)
+
+
 def sizes_in(jaxpr):
     """The number of elements of every value in a jaxpr and all jaxprs inside it."""
     for equation in jaxpr.eqns:
