@@ -185,14 +185,14 @@ def relative_error(out, exact):
     return jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
 
 
-def correlation(score, mass, visible):
+def correlation(scores, mass, visible):
     """Pearson's, over the visible blocks of each tile of queries, mean over heads and tiles.
 
     Args:
-      score, mass: `[HQ, n, n]`; visible: bool `[n, n]`. A tile where one of them is the same everywhere does not count.
+      scores, mass: `[HQ, n, n]`; visible: bool `[n, n]`. Tiles where one of them is the same everywhere do not count.
     """
     centred = lambda x: jnp.where(visible, x - jnp.mean(x, -1, where=visible, keepdims=True), 0)  # noqa: E731
-    x, y = centred(score), centred(mass)
+    x, y = centred(scores), centred(mass)
     size = jnp.sqrt(jnp.sum(x * x, -1) * jnp.sum(y * y, -1))
     return jnp.mean(jnp.sum(x * y, -1) / size, where=size > 0)
 

@@ -335,7 +335,8 @@ def cells_of(lines: Iterable[str]) -> dict[tuple[str, str], str]:
 def write_table() -> None:
     """Puts the results on disk between the two marker lines of kernels/README.md.
 
-    What has no result on disk keeps the cell that it has there: a checkout has the table and not the results.
+    What has no result on disk keeps the cell that it has there: a checkout has the table and not the results. A cell is
+    thus of the code that was last compiled; a change of a kernel needs its cases compiled again.
 
     Raises:
       ValueError: the file has not exactly one of each marker.
@@ -346,12 +347,16 @@ def write_table() -> None:
         raise ValueError(f"README: expected one {begin!r} and one {end!r} in {README}")
     head, rest = text.split(begin)
     old, tail = rest.split(end)
-    by_target, earlier = {target: results(target) for target in TARGETS}, cells_of(old.splitlines())
-    fresh = {(name, target) for target, found in by_target.items() for name in found}
+    by_target = {target: results(target) for target in TARGETS}
+    kept = {
+        (name, target): text
+        for (name, target), text in cells_of(old.splitlines()).items()
+        if name in cases() and name not in by_target.get(target, {}) and text != cell(None)
+    }
     # Cells that stay are of the jax that is named already.
-    versions = re.findall(r"\d[\w.]*", old.split(";")[0]) if earlier.keys() - fresh else []
+    versions = re.findall(r"\d[\w.]*", old.split(";")[0]) if kept else []
     named = " and ".join(dict.fromkeys([*versions, jax.__version__]))
-    lines = [begin, f"jax {named}; seconds are those of two shared CPU cores.", *table(by_target, earlier), "", end]
+    lines = [begin, f"jax {named}; seconds are those of two shared CPU cores.", *table(by_target, kept), "", end]
     README.write_text(head + "\n".join(lines) + tail)
 
 

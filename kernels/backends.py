@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 
 IMPLEMENTATIONS = (None, "reference", "xla", "pallas", "pallas_tpu", "pallas_mgpu", "interpret")
 KERNEL_OF = {"tpu": "pallas_tpu", "gpu": "pallas_mgpu", "cuda": "pallas_mgpu"}
@@ -30,6 +31,27 @@ def alike(*arrays):
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     missing = [tuple(frozenset().union(*varying) - mine) for mine in varying]
     return tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))
+
+
+def product(equation: str, a, b):
+    """`einsum` with sums in float32 at least; products of float32 or wider keep all their bits on every platform.
+
+    With a narrower operand they are at the platform's precision: several passes over it would gain nothing.
+    """
+    kind = jnp.result_type(a, b)
+    narrow = min(a.dtype.itemsize, b.dtype.itemsize) < 4
+    wide = jnp.promote_types(kind, jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=wide, precision=None if narrow else "highest")
+
+
+def counts_in_64_bits() -> str | None:
+    """Why a kernel whose indices are int32 does not compile here, None if it does."""
+    return "needs JAX's integers of 32 bits, got jax_enable_x64" if jax.config.jax_enable_x64 else None
+
+
+def asking(implementation: str | None, ask: Callable[[ModuleType], str | None]) -> Callable[[ModuleType], str | None]:
+    """`ask` of kernels whose indices are int32; the interpreter does not mind wider ones."""
+    return lambda kernels: (implementation != "interpret" and counts_in_64_bits()) or ask(kernels)
 
 
 def resolve(

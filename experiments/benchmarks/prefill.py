@@ -111,7 +111,8 @@ class Config:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
         if set(self.peers) - set(PEERS):
             raise ValueError(f"peers: expected some of {tuple(PEERS)}, got {self.peers}")
-        self.selection(), self.packed_selection()
+        self.selection()
+        self.packed_selection()
 
     def selection(self) -> FlashPrefillConfig:
         return FlashPrefillConfig(

@@ -224,17 +224,16 @@ def mean_attention(q, kbar, vbar, mask, *, tile: int, block: int, scale: float, 
     n = kbar.shape[1]
     dtype = kbar.dtype
     kbar, vbar = (jnp.repeat(x, H // x.shape[0], axis=0).astype(q.dtype) for x in (kbar, vbar))
-    product = partial(jnp.einsum, preferred_element_type=dtype, precision="highest")
 
     @jax.checkpoint  # neither pass holds [H, R, n]
     def of_tile(args):
         rows, listed = args
-        x = product("hrd,hnd->hrn", rows, kbar) * scale + jnp.log(float(block)).astype(dtype)
+        x = backends.product("hrd,hnd->hrn", rows, kbar) * scale + jnp.log(float(block)).astype(dtype)
         some = listed.any(-1)[:, None]
         x = jnp.where(listed[:, None], x, -1e30)
         lse = jax.nn.logsumexp(x, axis=-1)
         p = jnp.where(listed[:, None], jnp.exp(x - lse[..., None]), 0)
-        return product("hrn,hnd->hrd", p.astype(q.dtype), vbar), jnp.where(some, lse, -jnp.inf)
+        return backends.product("hrn,hnd->hrd", p.astype(q.dtype), vbar), jnp.where(some, lse, -jnp.inf)
 
     tiles = jnp.moveaxis(q.reshape(H, R // tile, tile, D), 1, 0)
     batch = max(1, min(R // tile, at_once // (H * tile * n)))

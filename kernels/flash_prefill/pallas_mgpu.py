@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rollax.kernels.backends import hopper_refusal
+from rollax.kernels.backends import counts_in_64_bits, hopper_refusal
 from rollax.kernels.mosaic_gpu import matrix, transposed
 
 LOG2E = math.log2(math.e)
@@ -47,8 +47,8 @@ def refusal(q_dtype, k_dtype, head_width, tile, block, *, slots=1, repeat=1) -> 
     """
     if reason := hopper_refusal():
         return reason
-    if jax.config.jax_enable_x64:
-        return "needs JAX's integers of 32 bits, got jax_enable_x64"
+    if reason := counts_in_64_bits():
+        return reason
     if q_dtype != k_dtype or q_dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs q, k, v all bfloat16 or all float16, got {jnp.dtype(q_dtype)} and {jnp.dtype(k_dtype)}"
     if head_width not in (64, 128):

@@ -8,7 +8,7 @@ time is best: its tiles stay in the cache, and the matrix products run near the 
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import on_device
+from rollax.kernels.backends import on_device, product
 from rollax.kernels.flash_prefill.reference import LOG2_E, wide
 
 NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
@@ -16,11 +16,6 @@ LOWEST = -5e29  # where a running maximum starts: 2^(NEVER - LOWEST) is 0
 UNSEEN = 1e30  # lse of a row without keys in the backward pass: its weights are 0
 LISTS_AT_ONCE = 64  # on accelerators
 SCORES_AT_ONCE = {"cpu": 2**21, "device": 2**26}  # of rows against mean keys: a CPU's caches, or 256 MiB of a device
-
-
-def product(equation, a, b):
-    """Sums in float32 at least; no fewer bits in a float32 product than float32 has, on any platform."""
-    return jnp.einsum(equation, a, b, preferred_element_type=wide(a.dtype), precision="highest")
 
 
 def by_length(function, count):

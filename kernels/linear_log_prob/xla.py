@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import alike
+from rollax.kernels.backends import alike, product
 
 
 def split(x, chunks):
@@ -43,12 +43,6 @@ def block_of(head, i, columns):
     start = jnp.minimum(i * columns, V - columns)
     block = jax.lax.dynamic_slice_in_dim(head, start, columns, axis=1)
     return block, start, start + jnp.arange(columns) >= i * columns
-
-
-def product(equation, a, b):
-    """Sums in float32 at least; no fewer bits in a float32 product than float32 has, on any platform."""
-    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-    return jnp.einsum(equation, a, b, preferred_element_type=wide, precision="highest")
 
 
 def tempered(hidden, head, temperature):

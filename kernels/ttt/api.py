@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import alike, backend, choose, named
+from rollax.kernels.backends import alike, asking, backend, choose, named
 from rollax.kernels.ttt import reference
 
 
@@ -62,11 +62,12 @@ def per_row(x, B, H, ndim):
 def run(chosen, name, *args, **static):
     """A backend's function; inside `shard_map` its results vary as the arguments do, which not all kernels say.
 
-    Products keep all bits of float32 tokens on every platform; with narrower tokens they are at its default precision.
+    Products keep all bits of float32 tokens on every platform, unless `jax.default_matmul_precision` says otherwise;
+    with narrower tokens they are at the platform's precision.
     """
     module, more = backend(__package__, chosen)
-    narrow = any(x.dtype.itemsize < 4 for x in jax.tree.leaves(args))
-    with nullcontext() if narrow else jax.default_matmul_precision("highest"):
+    said = jax.config.jax_default_matmul_precision or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(args))
+    with nullcontext() if said else jax.default_matmul_precision("highest"):
         leaves, tree = jax.tree.flatten(getattr(module, name)(*args, **static, **more))
     return tree.unflatten(alike(args[0], *leaves)[1:])
 
@@ -191,7 +192,7 @@ def ttt_public(
         if implementation not in (None, "reference"):
             raise ValueError(f'form "primal" is implementation "reference", got {implementation!r}')
         implementation = "reference"
-    ask = lambda kernels: kernels.refusal(operator, q, params, mini_batch, checkpoint_every)  # noqa: E731
+    ask = asking(implementation, lambda kernels: kernels.refusal(operator, q, params, mini_batch, checkpoint_every))
     chosen = choose(operator, __package__, implementation, ask, explain=explain)
     q, k, v, gate = (fold(x, B, H) for x in (q, k, v, gate))
     params = tuple(per_row(x, B, H, 2) for x in params)
@@ -308,7 +309,7 @@ def lact_grads(w, k, v, lr, *, implementation=None, impl=None, explain=False):
 
 def choose_lact(operator, implementation, explain, tokens, w):
     """The implementation of an operator on tokens `[..., L, d]` and weights w."""
-    ask = lambda kernels: kernels.refusal(operator, tokens, w)  # noqa: E731
+    ask = asking(implementation, lambda kernels: kernels.refusal(operator, tokens, w))
     return choose(operator, __package__, implementation, ask, explain=explain)
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import backend, choose, named
+from rollax.kernels.backends import asking, backend, choose, named
 
 MUON5 = (
     (4.0848, -6.8946, 2.9270),
@@ -26,7 +26,8 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
       g: `[..., m, n]`, any leading axes.
       coeffs: triples, static: `MUON5`, `FIXED5`, or others.
       dtype: of the iteration, such as "bfloat16" (what the authors run, and what Hopper's kernel takes); None for that
-        of g. Products of float32 are in "xla" at `jax.default_matmul_precision`: on a GPU TF32, finer than bfloat16.
+        of g. Products of float32 are in "xla" at `jax.default_matmul_precision`: by default TF32 on a GPU, which is
+        finer than bfloat16, and bfloat16 on a TPU.
       implementation: see `rollax.kernels.backends`, "reference" is "xla"; `impl` is the same.
       explain: print which and why.
     Returns:
@@ -41,14 +42,17 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     if not coeffs or any(len(triple) != 3 for triple in coeffs):
         raise ValueError(f"coeffs must be triples (a, b, c), got {coeffs}")
     dtype = None if dtype is None else jnp.dtype(dtype).name
-    ask = lambda kernels: kernels.newton_schulz_refusal(g, coeffs, dtype)  # noqa: E731
-    chosen = choose("newton_schulz", __package__, named(implementation, impl), ask, explain=explain)
+    implementation = named(implementation, impl)
+    ask = asking(implementation, lambda kernels: kernels.newton_schulz_refusal(g, coeffs, dtype))
+    chosen = choose("newton_schulz", __package__, implementation, ask, explain=explain)
     return iterate(g.reshape(-1, *g.shape[-2:]), chosen, coeffs, eps, dtype).reshape(g.shape)
 
 
 def newton_schulz_beside(chosen, g, coeffs, dtype, explain=False):
-    """The implementation for g (an array or shape) beside other operators that run in the one chosen: "xla" where its
-    kernel refuses; `explain` prints which and why."""
+    """The implementation for g (an array or shape) beside other operators that run in the one chosen.
+
+    It is "xla" where the kernel of that one refuses; `explain` prints which and why.
+    """
     reason = "as the other operators"
     if chosen not in ("reference", "xla"):
         kernels, _ = backend(__package__, chosen)

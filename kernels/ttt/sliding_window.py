@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from rollax.kernels import backends
+from rollax.kernels.backends import product
 
 
 def sliding_window_attention(
@@ -42,13 +43,6 @@ def sliding_window_attention(
     attend = dense if chosen == "reference" else banded
     out = attend(q, k, v, ids, min(window, L), d**-0.5 if scale is None else scale)
     return out.reshape(B, H, L, d)
-
-
-def product(spec, a, b):
-    """Sums in float32 at least; no fewer bits in a float32 product than float32 has, on any platform."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    # Not asked of narrow operands: in their gradients one is float32, and would be multiplied several times.
-    return jnp.einsum(spec, a, b, preferred_element_type=wide, precision="highest" if a.dtype == wide else None)
 
 
 def softmax_of(scores, seen, v, spec, dtype):

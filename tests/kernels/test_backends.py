@@ -48,6 +48,11 @@ def test_hopper_kernels_refuse_integers_of_64_bits():
     ask = lambda: prefill_kernels.refusal(jnp.bfloat16, jnp.bfloat16, 128, 128, 128)  # noqa: E731
     with jax.enable_x64(True):
         assert ask() == "needs JAX's integers of 32 bits, got jax_enable_x64"
+        with pytest.raises(
+            ValueError, match="'pallas_tpu' of newton_schulz cannot take this: needs JAX's integers of 32"
+        ):
+            ttt.newton_schulz(jnp.eye(8, dtype=jnp.float32), implementation="pallas_tpu")
+        ttt.newton_schulz(jnp.eye(8, dtype=jnp.float32), implementation="interpret")
     assert ask() is None
 
 

@@ -102,7 +102,8 @@ def test_float32_products_are_exact_on_every_platform(inputs):
     assert len(program(jnp.float32)) == 4
     for dtype in (jnp.float32, jnp.bfloat16):
         for product in program(dtype):
-            assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+            kept = (jax.lax.Precision.HIGHEST,) * 2 if dtype == jnp.float32 else None
+            assert product.params["precision"] == kept
             assert all(operand.aval.dtype == dtype for operand in product.invars)
 
 
