@@ -281,9 +281,9 @@ def watch_tasks(config: "Config", state: AgentState, title: str, count: int = 2)
     key, task = jax.random.key(config.seed), jnp.arange(count)
     play = jax.jit(lambda params: play_tasks(key, agent_model(config), params, env, task, no_lesson(count)))
     played: Trajectory = jax.device_get(play(state.params))
-    step, episodes = jax.jit(env.step), []
+    reset, step, episodes = jax.jit(env.reset), jax.jit(env.step), []
     for row in range(count):
-        world_state, _ = env.reset(key, task[row])
+        world_state, _ = reset(key, task[row])
         frames = [env.render(world_state)]
         for action in played.tokens[row][played.mask[row]]:  # one token a turn; the worlds draw nothing
             world_state, _ = step(key, world_state, jnp.asarray(action)[None])

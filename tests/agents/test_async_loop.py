@@ -87,8 +87,18 @@ def by_hand(valid, slots, ticks, batch, judge_delay, train_delay, push, late):
 UNEVEN = dict(slots=5, batch=4, ticks=60, says=sometimes)  # turns that are no samples, and some left over
 
 
-@pytest.mark.parametrize("push", ["after_next_batch", "immediate"])
-@pytest.mark.parametrize("late", ["keep", "drop", "wait"])
+@pytest.mark.parametrize(
+    ("late", "push"),
+    [
+        ("keep", "after_next_batch"),
+        ("drop", "after_next_batch"),
+        ("wait", "after_next_batch"),
+        ("keep", "immediate"),
+        # A push and what becomes of late turns do not touch each other.
+        pytest.param("drop", "immediate", marks=pytest.mark.slow),
+        pytest.param("wait", "immediate", marks=pytest.mark.slow),
+    ],
+)
 def test_against_plain_lists(late, push):
     slots, ticks, batch = UNEVEN["slots"], UNEVEN["ticks"], UNEVEN["batch"]
     key = jax.random.key(3)

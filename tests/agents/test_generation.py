@@ -19,7 +19,6 @@ from rollax.agents.generation import (
 from rollax.agents.language_model import features, logits_of, restrict_vocabulary, token_log_probs
 from rollax.agents.transformer import TransformerConfig, transformer
 
-FULL_COMPILATION = True  # sharded and not, log-probs agree to 1e-4 nats: quick compilation rounds ten times as much
 VOCAB = 23
 CONFIG = TransformerConfig(vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
 PROMPTS = jnp.array([[3, 5, 7, 9], [4, 6, 0, 0], [1, 0, 0, 0]])
@@ -29,7 +28,7 @@ LENGTHS = jnp.array([4, 2, 1])
 @pytest.fixture(scope="module")
 def lm():
     model = transformer(CONFIG)
-    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))  # sharper than a fresh start
+    params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(0)))  # sharper than a fresh start
     return model, params
 
 
@@ -43,13 +42,19 @@ def sampler(**options):
     return jax.jit(lambda params, *args: generate(model, params, *args, max_new_tokens=6, **options))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(apply, params, row, length):
+    logits, _ = apply(params, row[None], padded_positions(length[None], row.size))
+    return jax.nn.log_softmax(logits[0].astype(jnp.float32))
+
+
 def training_log_probs(model, params, prompt, tokens):
-    """Without a cache, as training computes them."""
-    whole = jnp.concatenate([prompt, tokens])[None]
-    logits, _ = model.apply(params, whole, jnp.arange(whole.shape[1])[None])
-    log_probs = jax.nn.log_softmax(logits[0].astype(jnp.float32))
-    at = jnp.arange(len(prompt) - 1, whole.shape[1] - 1)
-    return log_probs[at], np.asarray(log_probs[at, tokens])
+    """Without a cache, as training computes them; rows are padded to one length, which is one program."""
+    whole = np.concatenate([prompt, tokens])
+    row = np.pad(whole, (0, PROMPTS.shape[1] + 6 - len(whole)))
+    at = np.arange(len(prompt) - 1, len(whole) - 1)
+    log_probs = np.asarray(forward(model.apply, params, row, np.int32(len(whole))))[at]
+    return log_probs, log_probs[np.arange(len(at)), np.asarray(tokens)]
 
 
 def test_greedy_equals_argmax_without_cache(lm):
@@ -58,7 +63,7 @@ def test_greedy_equals_argmax_without_cache(lm):
     for row in range(3):
         prompt = PROMPTS[row, : LENGTHS[row]]
         log_probs, _ = training_log_probs(model, params, prompt, out.tokens[row])
-        np.testing.assert_array_equal(out.tokens[row], jnp.argmax(log_probs, axis=-1))
+        np.testing.assert_array_equal(out.tokens[row], np.argmax(log_probs, axis=-1))
 
 
 def test_log_probs_equal_those_of_training(lm):
@@ -72,24 +77,20 @@ def test_log_probs_equal_those_of_training(lm):
     assert len({tuple(row) for row in np.asarray(out.tokens)}) > 6  # rows are sampled, not copied
 
 
-def test_bfloat16_log_probs_stay_near_those_of_training():
+def test_bfloat16_log_probs_stay_near_those_of_training(lm):
     """In bfloat16 the cached and the uncached forward round differently; the gap is that of the number format."""
-    model = transformer(TransformerConfig(vocab_size=VOCAB, width=32, num_heads=4, dtype=jnp.bfloat16))
-    params = model.init(jax.random.key(0))
+    model = transformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
+    params = jax.tree.map(lambda x: x / 3, lm[1])  # as a fresh start has them
     out = jax.jit(lambda p: generate(model, p, keys(3), PROMPTS, LENGTHS, max_new_tokens=6))(params)
     for row in range(3):
         _, expected = training_log_probs(model, params, PROMPTS[row, : LENGTHS[row]], out.tokens[row])
         np.testing.assert_allclose(out.full_log_prob[row], expected, atol=0.05)
 
 
-def test_padding_batch_and_prefix_do_not_change_a_row(lm):
+def test_padding_and_prefix_do_not_change_a_row(lm):
     model, params = lm
     all_keys = keys(3)
     out = sampler()(params, all_keys, PROMPTS, LENGTHS)
-    for row in range(3):
-        alone = sampler()(params, all_keys[row : row + 1], PROMPTS[row : row + 1], LENGTHS[row : row + 1])
-        np.testing.assert_array_equal(alone.tokens[0], out.tokens[row])
-        np.testing.assert_allclose(alone.log_prob[0], out.log_prob[row], atol=1e-5)
     junk = jnp.where(jnp.arange(4) < LENGTHS[:, None], PROMPTS, 17)
     wide = jnp.pad(junk, ((0, 0), (0, 3)), constant_values=11)
     np.testing.assert_array_equal(sampler()(params, all_keys, wide, LENGTHS).tokens, out.tokens)
@@ -102,10 +103,13 @@ def test_padding_batch_and_prefix_do_not_change_a_row(lm):
     np.testing.assert_allclose(shared.log_prob, written.log_prob, atol=1e-5)
 
 
-def test_sharding_does_not_change_a_row(lm):
+def test_batch_and_sharding_do_not_change_a_row(lm):
     _, params = lm
     prompts, lengths = jnp.tile(PROMPTS[:2], (4, 1)), jnp.tile(LENGTHS[:2], 4)
     expected = sampler()(params, keys(8), prompts, lengths)
+    few = sampler()(params, keys(3), PROMPTS, LENGTHS)  # whose first two rows are those
+    np.testing.assert_array_equal(expected.tokens[:2], few.tokens[:2])
+    np.testing.assert_allclose(expected.log_prob[:2], few.log_prob[:2], atol=1e-5)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
     sharded = sampler()(
@@ -113,7 +117,7 @@ def test_sharding_does_not_change_a_row(lm):
         *jax.device_put((keys(8), prompts, lengths), rows),
     )
     np.testing.assert_array_equal(sharded.tokens, expected.tokens)
-    np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=1e-4)
+    np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=5e-4)  # quick compilation rounds more
 
 
 def test_stop_tokens_end_a_row(lm):
@@ -212,15 +216,16 @@ def test_padded_positions():
 )
 def test_bad_input(lm, options, message):
     model, params = lm
+    options = {"max_new_tokens": 4} | options
     with pytest.raises(ValueError, match=message):
-        generate(model, params, keys(3), PROMPTS, LENGTHS, **({"max_new_tokens": 4} | options))
+        jax.eval_shape(lambda p: generate(model, p, keys(3), PROMPTS, LENGTHS, **options), params)
 
 
 def test_a_scanned_stack_decodes_like_a_tuple_of_layers(lm):
     """One key gives both forms the same numbers; the loop takes the stack apart once."""
     _, params = lm
     scanned = transformer(dataclasses.replace(CONFIG, scan_layers=True))
-    stacked = jax.tree.map(lambda x: 3 * x, scanned.init(jax.random.key(0)))
+    stacked = jax.tree.map(lambda x: 3 * x, jax.jit(scanned.init)(jax.random.key(0)))
     run = jax.jit(lambda p: generate(scanned, p, keys(3), PROMPTS, LENGTHS, max_new_tokens=6))
     expected = sampler()(params, keys(3), PROMPTS, LENGTHS)
     np.testing.assert_array_equal(run(stacked).tokens, expected.tokens)
@@ -237,17 +242,17 @@ def test_a_restricted_vocabulary(lm):
     prompt = PROMPTS[0]
     whole = jnp.concatenate([prompt, out.tokens[0]])[None]
     positions = jnp.arange(whole.shape[1])[None]
-    expected, _ = token_log_probs(small, params, whole[:, :-1], positions[:, :-1], whole[:, 1:])
+    score = jax.jit(functools.partial(token_log_probs, small))
+    expected, _ = score(params, whole[:, :-1], positions[:, :-1], whole[:, 1:])
     np.testing.assert_allclose(out.full_log_prob[0], expected[0, len(prompt) - 1 :], atol=1e-4)
-    logits, _ = small.apply(params, whole, positions)
+    logits, _ = jax.eval_shape(small.apply, params, whole, positions)
     assert logits.shape[-1] == small.vocab_size == 15
     with pytest.raises(ValueError, match=r"size.*1 to 23.*24"):
         restrict_vocabulary(model, 24)
 
 
-def test_logits_are_float32_in_a_bfloat16_model():
-    model = transformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
-    params = model.init(jax.random.key(0))
+def test_logits_are_float32_in_a_bfloat16_model(lm):
+    model, params = transformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16)), lm[1]
     hidden, _ = features(model, params, PROMPTS, padded_positions(LENGTHS, 4))
     assert hidden.dtype == jnp.bfloat16
     logits = logits_of(model, params, hidden)

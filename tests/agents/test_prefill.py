@@ -1,7 +1,7 @@
 """Sparse prefill by `LanguageModel.prefill`: alpha 0 is dense, padding and vmap change nothing, decoding is dense."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +40,25 @@ def packed(alpha, correction=True, implementation="reference"):
     return jax.vmap(lambda q, k, v, length: operator(q, k, v, length=length)[0])
 
 
+@cache
 def sharp_params(config):
     """Sharper than a fresh start, so that attention has something to leave out."""
-    return jax.tree.map(lambda x: 1.5 * x, transformer(config).init(jax.random.key(0)))
+    return jax.tree.map(lambda x: 1.5 * x, jax.jit(transformer(config).init)(jax.random.key(0)))
+
+
+def generator(prefill, config=CONFIG, **options):
+    model = transformer(config)._replace(prefill=prefill)
+    options = {"sampling": Sampling(temperature=0.0), "max_new_tokens": NEW} | options
+    return lambda params: generate(model, params, KEYS, PROMPTS, LENGTHS, **options)
 
 
 def generated(prefill, config=CONFIG, **options):
-    model = transformer(config)._replace(prefill=prefill)
-    options = {"sampling": Sampling(temperature=0.0), "max_new_tokens": NEW} | options
-    return jax.jit(lambda params: generate(model, params, KEYS, PROMPTS, LENGTHS, **options))(sharp_params(config))
+    return jax.jit(generator(prefill, config, **options))(sharp_params(config))
+
+
+@cache
+def dense():
+    return generated(None)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +71,14 @@ def generated(prefill, config=CONFIG, **options):
     ids=["v1", "packed", "scanned"],
 )
 def test_alpha_0_is_dense(operator, options):
-    sparse, dense = generated(operator, dataclasses.replace(CONFIG, **options)), generated(None)
-    np.testing.assert_array_equal(sparse.tokens, dense.tokens)
-    np.testing.assert_allclose(sparse.full_log_prob, dense.full_log_prob, atol=2e-5)
+    sparse, exact = generated(operator, dataclasses.replace(CONFIG, **options)), dense()
+    np.testing.assert_array_equal(sparse.tokens, exact.tokens)
+    np.testing.assert_allclose(sparse.full_log_prob, exact.full_log_prob, atol=2e-5)
 
 
 def test_large_alpha_is_not_and_correction_tells():
-    dense = generated(None).full_log_prob
-    gaps = [jnp.abs(generated(x).full_log_prob - dense)[:, 0] for x in (v1(1.0), packed(1.0), packed(1.0, False))]
+    exact = dense().full_log_prob
+    gaps = [jnp.abs(generated(x).full_log_prob - exact)[:, 0] for x in (v1(1.0), packed(1.0), packed(1.0, False))]
     for gap in gaps:
         assert (gap[:2] > 1e-3).all()
         assert gap[2] < 1e-5  # a prompt of one block has nothing to leave out
@@ -82,7 +92,7 @@ def test_decoding_and_what_follows_a_prefix_are_dense():
         calls.append(q.shape)
         return v1(0.0)(q, k, v, length)
 
-    generated(counting)
+    jax.eval_shape(generator(counting), sharp_params(CONFIG))
     assert calls == [(3, WIDTH, 4, 8)] * 2  # once a layer, and never for a step of one token
     calls.clear()
     sparse = generated(counting, prefix=PREFIX)
@@ -104,7 +114,7 @@ def test_padding_does_not_matter():
 def test_seeds_and_alphas_in_one_program():
     """A vmap over seeds (parameters) of a vmap over traced alphas gives what single runs give."""
     model = transformer(CONFIG)
-    starts = jax.vmap(model.init)(jax.random.split(jax.random.key(3), 2))
+    starts = jax.jit(jax.vmap(model.init))(jax.random.split(jax.random.key(3), 2))
     starts = jax.tree.map(lambda x: 1.5 * x, starts)
     alphas = jnp.array([0.0, 0.5, 1.0])
 
@@ -122,7 +132,7 @@ def test_seeds_and_alphas_in_one_program():
 def test_a_rollout_with_sparse_prefill_scores_as_itself_at_alpha_0():
     env = envs.sorting(20)
     model = transformer(TransformerConfig(len(env.spec.vocab), 32, 2, 2))
-    params = jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0)))
+    params = jax.tree.map(lambda x: 2 * x, jax.jit(model.init)(jax.random.key(0)))
 
     @jax.jit
     def gap(alpha):
@@ -137,9 +147,10 @@ def test_a_rollout_with_sparse_prefill_scores_as_itself_at_alpha_0():
 def test_what_is_trained_is_dense_also_after_a_prefix():
     env = envs.sorting(5)
     model = transformer(TransformerConfig(len(env.spec.vocab), 32, 2, 2))
-    params = jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0)))
+    params = jax.tree.map(lambda x: 2 * x, jax.jit(model.init)(jax.random.key(0)))
     prefix = jnp.arange(40) % len(env.spec.vocab)
-    seen = rollout(jax.random.key(1), model, params, env, num_prompts=2, group_size=2, prefix=prefix)
+    play = partial(rollout, model=model, env=env, num_prompts=2, group_size=2, prefix=prefix)
+    seen = jax.jit(lambda params: play(jax.random.key(1), params=params))(params)
     scores = [
         jax.jit(lambda params, m=m: score(m, params, seen, env, prefix=prefix)[0])(params)
         for m in (model, model._replace(prefill=v1(1.0)))

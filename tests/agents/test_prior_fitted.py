@@ -37,7 +37,7 @@ def table():
 def test_the_context_is_a_set(params, table):
     context, labels, queries, mask = table
     order = np.random.default_rng(0).permutation(N)
-    for how in ({}, {"soft_labels": True}, {"members": 3}):
+    for how in ({}, {"soft_labels": True}, {"members": 2, "temperature": 2.0}):
         shuffled = apply(params, context[order], labels[order], queries, mask[order], **how)
         np.testing.assert_allclose(shuffled, apply(params, *table, **how), atol=1e-5)
 

@@ -224,7 +224,7 @@ def test_bad_arguments(arguments, word):
 
 
 def test_small_splits_that_are_not_empty():
-    state, _ = countdown(4, 2, 2, split="train").reset(jax.random.key(0))
+    state, _ = jax.jit(lambda key: countdown(4, 2, 2, split="train").reset(key))(jax.random.key(0))
     assert not is_held_out(state.numbers)
     state, _ = jax.jit(lambda key: countdown(3, 9, 99, split="held_out").reset(key))(jax.random.key(0))
     assert is_held_out(state.numbers)

@@ -75,7 +75,7 @@ def played(world):
 
         return jax.vmap(one)(keys)
 
-    return jax.tree.map(np.asarray, play(jax.random.split(jax.random.key(0), 2000), world))
+    return jax.tree.map(np.asarray, play(jax.random.split(jax.random.key(0), 1000), world))
 
 
 def stepper(task, actions):
@@ -176,7 +176,7 @@ def stepper(task, actions):
 
 def test_agrees_with_a_stepper_in_plain_python(played):
     seen, ends = set(), {"won": 0, "late": 0}
-    for i in range(700):
+    for i in range(600):
         state, step = jax.tree.map(lambda x, i=i: x[i], (played.state, played.step))
         told = list(stepper(state.task, played.action[i, :, 0].tolist()))
         for t, (said, terminated, truncated, parts, learned) in enumerate(told):
@@ -271,7 +271,7 @@ def success():
             shown = jnp.where(told, jnp.stack([IS_AT + facts.task.places[0], 0]), 0)
             return scripted_episode(key, environment, environment.demonstrate, lesson=shown).state
 
-        state = jax.vmap(one)(jax.random.split(key, 3000))
+        state = jax.vmap(one)(jax.random.split(key, 1000))
         return state.won.mean(), state.turn.mean()
 
     return lambda *arguments: tuple(float(x) for x in rate(jax.random.key(0), *arguments))

@@ -337,6 +337,11 @@ def test_probabilities_may_be_traced_and_vmap_is_a_loop():
         single = run(p_dirs[i : i + 1], keys[i : i + 1])
         for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(single), strict=True):
             np.testing.assert_array_equal(a[i], b[0])
+
+
+@pytest.mark.slow  # the agreement with plain Python is that of compiled rules
+def test_jit_changes_nothing():
+    keys = jax.random.split(jax.random.key(4), 2)
     with jax.disable_jit():
         session, _ = reset(keys[0])
         plain = respond_reply(keys[1], session, jnp.asarray(encode("B.")))

@@ -56,13 +56,13 @@ def test_splits_share_no_question_in_any_order(name, num_train, num_held_out):
     [("products", 40, 16), ("products", 44, 16), ("sums", 50, 20), ("differences", 28, 10), ("differences", 41, 0)],
 )
 def test_small_tasks_are_split_whenever_they_can_be(name, num_train, num_held_out):
-    for seed in range(30):
+    for seed in range(10):
         split = split_questions(QUESTIONS[name], num_train, num_held_out, seed=seed)
         assert [len(side) for side in split] == [4, num_train, num_held_out]
         assert len({question.text for side in split for question in side}) == 4 + num_train + num_held_out
         identities = [{question.identity for question in side} for side in split]
         assert len(set.union(*identities)) == sum(map(len, identities))
-    assert split_questions(QUESTIONS[name], num_train, num_held_out, seed=29) == split
+    assert split_questions(QUESTIONS[name], num_train, num_held_out, seed=9) == split
 
 
 def test_the_default_split_stays_what_it_was():

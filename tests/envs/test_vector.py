@@ -50,7 +50,7 @@ def reference():
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_devices", [1, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 @pytest.mark.parametrize("engine", ["pmap", "shard_map", "auto"])
 def test_engines_agree_bitwise(reference, engine, num_devices):
     devices = jax.devices()[:num_devices]
@@ -110,7 +110,10 @@ TOKEN_ENVIRONMENTS = {
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", TOKEN_ENVIRONMENTS)
+# The others stand for arithmetic, whose program is the largest.
+@pytest.mark.parametrize(
+    "name", ["prompts", "sorting", "tail_forks", pytest.param("arithmetic", marks=pytest.mark.slow)]
+)
 def test_single_steps_agree_bitwise_on_token_environments(name):
     environment = TOKEN_ENVIRONMENTS[name]()
     expert = jax.jit(jax.vmap(environment.expert, in_axes=(None, 0)))

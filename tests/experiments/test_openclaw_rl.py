@@ -336,11 +336,13 @@ def test_a_first_move_that_does_nothing_earns_nothing(bench):
     config = dataclasses.replace(TINY, part=bench, bench=bench, horizon=6)
     env = agents.environment(config, jax.random.key(0))
 
+    @jax.jit
+    @jax.vmap
     def first(task):
         state, _ = env.reset(jax.random.key(0), task)
         return env.step(jax.random.key(0), state, jnp.array([0]))[1]  # no action
 
-    told = jax.vmap(first)(jnp.arange(32))
+    told = first(jnp.arange(32))
     done = told.info["progress"].sum(axis=-1)[:, None]
     assert (done > 0).any()
     votes = agents.judge_steps(jax.random.key(0), done, told.info["done before"], told.reward[:, None], 0.0)
@@ -411,14 +413,15 @@ def test_agents_train_and_are_watched(bench):
 
 def test_boards_are_tasks_of_a_seed_and_their_demonstrator_slips():
     config = dataclasses.replace(TINY, part="sokoban", bench="sokoban", horizon=8)
-    env, other = (agents.environment(config, jax.random.key(seed)) for seed in (0, 1))
-    boards = [np.asarray(e.reset(jax.random.key(k), t)[1].ids) for e, k, t in ((env, 0, 3), (env, 9, 3), (env, 0, 4))]
-    assert np.array_equal(*boards[:2]) and not np.array_equal(boards[0], boards[2])
-    assert not np.array_equal(boards[0], other.reset(jax.random.key(0), 3)[1].ids)
-    state, _ = env.reset(jax.random.key(0), 3)
+    reset = jax.jit(lambda seed, key, task: agents.environment(config, seed).reset(key, task))
+    starts = [reset(*map(jax.random.key, keys), task) for *keys, task in ((0, 0, 3), (0, 9, 3), (0, 0, 4), (1, 0, 3))]
+    first, again, other_task, other_seed = (np.asarray(observation.ids) for _, observation in starts)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other_task) and not np.array_equal(first, other_seed)
+    env, state = agents.environment(config, jax.random.key(0)), starts[0][0]
     keys = jax.random.split(jax.random.key(2), 400)
-    chosen = np.asarray(jax.vmap(env.demonstrate, (0, None))(keys, state))[:, 0]
-    wanted = int(env.expert(keys[0], state)[0])
+    chosen = np.asarray(jax.jit(jax.vmap(env.demonstrate, (0, None)))(keys, state))[:, 0]
+    wanted = int(jax.jit(env.expert)(keys[0], state)[0])
     assert {env.spec.vocab[token] for token in chosen} == {"up", "right", "down", "left"}
     np.testing.assert_allclose((chosen == wanted).mean(), 1 - agents.SLIP * 3 / 4, atol=0.08)
 

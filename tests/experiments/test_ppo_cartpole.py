@@ -10,6 +10,7 @@ from rollax.experiments.harness import study
 FULL_COMPILATION = True  # what is compiled here runs for seconds
 
 
+@pytest.mark.slow  # test_reproduce.py runs the study from end to end, though not until it has learnt
 def test_it_learns(tmp_path):
     argv = ["--runs", str(tmp_path), "--name", "run", "--seeds", "2", "--updates", "36", "--chunk", "12"]
     study.main(ppo_cartpole.STUDY, argv)

@@ -10,7 +10,7 @@ from rollax.experiments import reproduce
 from rollax.experiments.harness.claims import Claim, judge
 from rollax.experiments.harness.study import study_names
 
-QUICK = ("ppo_cartpole", "v05")  # the others have tests of their own
+QUICK = ("ppo_cartpole",)  # the others have tests of their own
 
 
 @pytest.mark.timeout(1800)  # compiles every study
@@ -33,7 +33,7 @@ def test_a_smoke_run_of_every_study(tmp_path, capfd, monkeypatch, studies):
                 assert line[2][:20] == claim["statement"][:20]
                 assert line[3] == claim["verdict"]
                 assert line[6] == "2"
-    assert len(lines) == claims >= 11
+    assert len(lines) == claims >= len(studies)
     capfd.readouterr()
     reproduce.main([*argv, "--table"])  # the same from the files alone
     assert (tmp_path / "RESULTS.md").read_text() == text

