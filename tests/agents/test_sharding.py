@@ -54,7 +54,7 @@ def test_rules(mesh):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": True, "remat": True}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"scan_layers": True, "remat": True}, marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(mesh, changes):
     model = transformer(dataclasses.replace(CONFIG, **changes))
     params = jax.jit(model.init)(jax.random.key(0))

@@ -220,7 +220,7 @@ def test_rows_without_keys(implementation):
     assert (np.asarray(gradients[0])[~some] == 0).all() and (gradients[0][16:24, 1] != 0).any()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [SLOW_REFERENCE, "xla"])
 def test_gradients_are_finite_differences(implementation):
     with jax.enable_x64(True):
         q, k, v = random_qkv(seed=5, S=21, D=4, dtype=jnp.float64)
@@ -345,7 +345,8 @@ def loss_of(prefill, q, k, v):
     return jnp.sum(out * jnp.cos(jnp.arange(out[0].size).reshape(out.shape[1:])))
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "dense"])
+# Other tests run v2 under jit and vmap, and over devices that share keys.
+@pytest.mark.parametrize("version", ["v1", pytest.param("v2", marks=pytest.mark.slow), "dense"])
 @pytest.mark.parametrize("implementation", ["xla", SLOW])
 def test_jit_and_vmap_change_nothing(implementation, version):
     prefill, qkv = jax.jit(prefills(implementation)[version]), batch_of()
@@ -365,7 +366,7 @@ def test_jit_and_vmap_change_nothing(implementation, version):
             np.testing.assert_allclose(x[b], y[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "dense"])
+@pytest.mark.parametrize("version", ["v1", pytest.param("v2", marks=pytest.mark.slow), "dense"])
 @pytest.mark.parametrize("implementation", [SLOW_REFERENCE, "xla", SLOW])
 def test_devices_change_nothing(implementation, version):
     """`shard_map` over batch and heads on 2 x 4 devices."""

@@ -189,7 +189,7 @@ def test_dual_never_forms_the_weights_of_a_token(kind):
     assert largest("dual") < one_a_token <= largest("primal")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("linear", marks=pytest.mark.slow), "mlp"])
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_vmap_and_shard_map(kind):
     arguments = inputs(kind, 2 * K + 1, rows=4)
     run = partial(SCANS[kind], mini_batch=K)
