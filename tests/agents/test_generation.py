@@ -21,6 +21,7 @@ from rollax.agents.transformer import TransformerConfig, transformer
 
 VOCAB = 23
 CONFIG = TransformerConfig(vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
+FULL_COMPILATION = True  # sharded and not, log-probs agree to 1e-4 nats: quick compilation rounds ten times as much
 PROMPTS = jnp.array([[3, 5, 7, 9], [4, 6, 0, 0], [1, 0, 0, 0]])
 LENGTHS = jnp.array([4, 2, 1])
 
@@ -117,7 +118,7 @@ def test_batch_and_sharding_do_not_change_a_row(lm):
         *jax.device_put((keys(8), prompts, lengths), rows),
     )
     np.testing.assert_array_equal(sharded.tokens, expected.tokens)
-    np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=5e-4)  # quick compilation rounds more
+    np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=1e-4)
 
 
 def test_stop_tokens_end_a_row(lm):
