@@ -120,11 +120,6 @@ def backend(package: str, chosen: str) -> tuple[ModuleType, dict[str, bool]]:
     return import_module(f"{package}.{name}"), {"interpret": True} if chosen == "interpret" else {}
 
 
-def on_device(chosen: str) -> bool:
-    """Whether an implementation that `resolve` returned runs on a TPU or a GPU: as the kernel does, or as JAX does."""
-    return chosen in KERNEL_OF.values() or jax.default_backend() != "cpu"
-
-
 def hopper_refusal(device=None) -> str | None:
     """Why no Mosaic GPU kernel runs on a device, None if one may.
 

@@ -7,6 +7,7 @@ One internal operator, `attend`, serves both versions, dense attention, windows 
 listed blocks of keys, head-major. `reference.py` is its definition, the other modules its backends.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +31,8 @@ from rollax.kernels.flash_prefill.selection import (
     select_packed,
     transpose_index,
 )
-from rollax.kernels.flash_prefill.xla import SCORES_AT_ONCE
+
+MEANS_AT_ONCE = 128  # mean keys in a block of the correction's
 
 
 class PrefillStats(NamedTuple):
@@ -66,10 +68,9 @@ def choose(operator: str, implementation: str | None, q, k, *, tile: int, block:
     return backends.choose(operator, __package__, implementation, ask, **explaining)
 
 
-def without_kernel(row_normalised: bool, correction: bool) -> list[str]:
+def without_kernel(row_normalised: bool) -> list[str]:
     """The parts of a call that no kernel has."""
-    parts = {"row-normalised energies": row_normalised, "the mean correction": correction}
-    return [part for part, there in parts.items() if there]
+    return ["row-normalised energies"] if row_normalised else []
 
 
 def folded(function):
@@ -95,28 +96,27 @@ def call_backend(name: str, plan: Plan, *args, **static):
     return tree.unflatten(backends.alike(args[0], *leaves)[1:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def attend_planned(q, k, v, index, count, offset, length, plan: Plan):
-    return call_backend("forward", plan, q, k, v, index, count, offset, length)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_planned(plan: Plan, q, k, v, *listed):
+    return call_backend("forward", plan, q, k, v, *listed)
 
 
-def attend_forward(q, k, v, index, count, offset, length, plan):
-    out, lse = attend_planned(q, k, v, index, count, offset, length, plan)
-    return (out, lse), (q, k, v, out, lse, index, count, offset, length)
+def attend_forward(plan, q, k, v, *listed):
+    out, lse = attend_planned(plan, q, k, v, *listed)
+    return (out, lse), (q, k, v, out, lse, *listed)
 
 
 def attend_backward(plan, saved, cotangents):
-    *arrays, index, count, offset, length = saved
-    blocks = saved[1].shape[1] // plan.block
-    lists = transpose_index(BlockIndex(index, count, jnp.zeros((), bool)), blocks=blocks)
-    arrays += [*cotangents, index, count, lists.index, lists.count, offset, length]
-    return (*call_backend("backward", plan, *arrays), None, None, None, None)
+    q, k, v, out, lse, index, count, *rest = saved
+    lists = transpose_index(BlockIndex(index, count, jnp.zeros((), bool)), blocks=k.shape[1] // plan.block)
+    arrays = (q, k, v, out, lse, *cotangents, index, count, lists.index, lists.count, *rest)
+    return (*call_backend("backward", plan, *arrays), None, None, *(None for _ in rest))
 
 
 attend_planned.defvjp(attend_forward, attend_backward)
 
 
-def attend(q, k, v, index, count, offset, length, *, tile, block, group=1, scale, implementation):
+def attend(q, k, v, index, count, offset, length, mask=None, *, tile, block, group=1, scale, implementation):
     """Attention of rows over the keys of listed blocks; the operator behind everything here. No checks.
 
     Args:
@@ -126,14 +126,16 @@ def attend(q, k, v, index, count, offset, length, *, tile, block, group=1, scale
       count: int32 `[H, R // tile]`, slots in use; may be 0.
       offset, length: int32 `[H]`: position of row 0, number of valid keys; may be traced. Key t is seen by a row iff
         its block is listed, t < length and t <= the row's position.
+      mask: None, or bool `[H, R // tile, S]` that replaces positions: the listed keys that all rows of a tile see.
       scale: of the logits; static as `tile`, `block` and `group` are.
       implementation: a name that `backends.resolve` returned.
     Returns:
       out `[H, R, D]` in q's dtype, lse `[H, R]` in nats, float32 (float64 where q is, outside of kernels); 0 and -inf
       in a row that sees no key. Differentiable in q, k, v through both.
     """
-    arrays = backends.alike(q, k, v, index, count, offset, length)
-    return attend_planned(*arrays, Plan(tile, block, group, scale, implementation))
+    masks = () if mask is None else (mask,)
+    arrays = backends.alike(q, k, v, index, count, offset, length, *masks)
+    return attend_planned(Plan(tile, block, group, scale, implementation), *arrays)
 
 
 # Layout.
@@ -211,34 +213,26 @@ def scale_of(scale: float | None, width: int) -> float:
 # Zero-order mean correction.
 
 
-def mean_attention(q, kbar, vbar, mask, *, tile: int, block: int, scale: float, at_once: int):
-    """Attention over the blocks of `mask`, each as `block` copies of its mean key and value (arXiv 2608.19758).
+def mean_attention(q, kbar, vbar, mask, plan: Plan):
+    """Attention over the blocks of `mask`, each as `plan.block` copies of its mean key and value (arXiv 2608.19758).
+
+    Mean keys are keys like others, in blocks of their own, and the mask takes the place of positions.
 
     Args:
       q: `[H, R, D]`; kbar, vbar: `[HK, n, D]`; mask: bool `[H, R // tile, n]`.
-      at_once: the most logits in memory, though never fewer than a tile of every head has.
     Returns:
-      (out `[H, R, D]`, lse `[H, R]`), float32 at least; 0 and -inf where the mask has no block.
+      (out `[H, R, D]`, lse `[H, R]`); 0 and -inf where the mask has no block.
     """
-    H, R, D = q.shape
-    n = kbar.shape[1]
-    dtype = kbar.dtype
-    kbar, vbar = (jnp.repeat(x, H // x.shape[0], axis=0).astype(q.dtype) for x in (kbar, vbar))
-
-    @jax.checkpoint  # neither pass holds [H, R, n]
-    def of_tile(args):
-        rows, listed = args
-        x = backends.product("hrd,hnd->hrn", rows, kbar) * scale + jnp.log(float(block)).astype(dtype)
-        some = listed.any(-1)[:, None]
-        x = jnp.where(listed[:, None], x, -1e30)
-        lse = jax.nn.logsumexp(x, axis=-1)
-        p = jnp.where(listed[:, None], jnp.exp(x - lse[..., None]), 0)
-        return backends.product("hrn,hnd->hrd", p.astype(q.dtype), vbar), jnp.where(some, lse, -jnp.inf)
-
-    tiles = jnp.moveaxis(q.reshape(H, R // tile, tile, D), 1, 0)
-    batch = max(1, min(R // tile, at_once // (H * tile * n)))
-    out, lse = jax.lax.map(of_tile, (tiles, jnp.moveaxis(mask, 1, 0)), batch_size=batch)
-    return jnp.moveaxis(out, 0, 1).reshape(H, R, D), jnp.moveaxis(lse, 0, 1).reshape(H, R)
+    H, n = q.shape[0], kbar.shape[1]
+    block = min(n, MEANS_AT_ONCE) if plan.implementation in ("reference", "xla") else MEANS_AT_ONCE
+    kbar, vbar = (jnp.pad(x.astype(q.dtype), ((0, 0), (0, -n % block), (0, 0))) for x in (kbar, vbar))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -n % block)))
+    some = mask.reshape(*mask.shape[:2], -1, block).any(-1)
+    lists = compact_index(some, some.shape[-1])
+    unused = jnp.zeros(H, jnp.int32)
+    how = plan._replace(block=block)._asdict()
+    out, lse = attend(q, kbar, vbar, lists.index, lists.count, unused, unused, mask, **how)
+    return out, lse + math.log(plan.block)
 
 
 def merge(out_a, lse_a, out_b, lse_b):
@@ -351,7 +345,7 @@ def block_sparse_attention(
         raise ValueError("kbar and vbar must be given together")
     length = S if length is None else length
     check_count("length", length, S)
-    how = dict(tile=B, block=B, lists=n, explain=explain, besides=without_kernel(False, kbar is not None))
+    how = dict(tile=B, block=B, lists=n, explain=explain)
     chosen = choose("block_sparse_attention", implementation, q, k, **how)
     rows, means = head_major(valid_tokens(q, length), B), None
     if kbar is not None:
@@ -380,10 +374,7 @@ def attend_lists(q, k, v, index: BlockIndex, ends, means, plan: Plan):
         return out, lse
     kbar, vbar, first = means
     mask = corrected_blocks(index_mask(index.index, index.count, kbar.shape[1]), first, plan.block)
-    at_once = SCORES_AT_ONCE["device" if backends.on_device(plan.implementation) else "cpu"]
-    how = dict(tile=plan.tile, block=plan.block, scale=plan.scale, at_once=at_once)
-    mean_out, mean_lse = mean_attention(q, kbar, vbar, mask, **how)
-    return merge(out, lse, mean_out, mean_lse)
+    return merge(out, lse, *mean_attention(q, kbar, vbar, mask, plan))
 
 
 def or_dense(index: BlockIndex, visible, attend_to: Callable, arrays, dense_on_overflow: bool):
@@ -439,7 +430,7 @@ def flash_prefill(
     n = -(-S // B)
     length = S if length is None else length
     check_count("length", length, S)
-    how = dict(tile=B, block=B, lists=n, explain=explain, besides=without_kernel(cfg.row_normalised, correction))
+    how = dict(tile=B, block=B, lists=n, explain=explain, besides=without_kernel(cfg.row_normalised))
     chosen = choose("flash_prefill", implementation, q, k, **how)
     kbar = mean_pool(k, B, length)
     energy = block_energy(q, kbar, cfg, scale=scale, length=length, implementation=chosen)
@@ -559,7 +550,7 @@ def flash_prefill_packed(
     check_count("prefix", prefix, SK - tokens)
     tiles, n = -(-S * group // cfg.tile_rows), -(-SK // B)
     how = dict(tile=cfg.tile_rows, block=B, lists=max(tiles, n), explain=explain)
-    how |= dict(besides=without_kernel(cfg.row_normalised, correction))
+    how |= dict(besides=without_kernel(cfg.row_normalised))
     chosen = choose("flash_prefill_packed", implementation, q, k, **how)
     kbar = mean_pool(k, B, prefix + length)
     energy = packed_energy(q, kbar, cfg, prefix=prefix, length=length, scale=scale, implementation=chosen)

@@ -8,7 +8,7 @@ holds 64 of the rows (keys) in registers and multiplies them with what arrives. 
 Shapes, as in every back end of this folder: q `[H, R, D]`, row r of head h at position `offset[h] + r // group`;
 k, v `[HK, S, D]`, head h reads `h // (H // HK)`; index `[H, R // tile, slots]` and count `[H, R // tile]` name the key
 blocks of a tile in ascending order, index_t and count_t the tiles of a key block; key t is seen by a row iff
-`t < length[h]` and t is not past the row's position.
+`t < length[h]` and t is not past the row's position, or, with a mask `[H, R // tile, S]`, iff that says so of its tile.
 """
 
 import inspect
@@ -69,7 +69,8 @@ class Static(NamedTuple):
     """What a kernel is compiled for.
 
     tile: rows of a query tile; block: keys of a key block; scale: of the logits; heads: query heads of a key head;
-    consumers: warpgroups that share the rows or keys of a thread block; interpretable: see `forward`.
+    consumers: warpgroups that share the rows or keys of a thread block; by_tile: whether a mask by tiles, not a row's
+    last key, says which keys are seen; interpretable: see `forward`.
     """
 
     tile: int
@@ -77,6 +78,7 @@ class Static(NamedTuple):
     scale: float
     heads: int
     consumers: int
+    by_tile: bool = False
     interpretable: bool = False
 
 
@@ -129,6 +131,19 @@ def hide(x, last_key, first_key, hidden, key_axis):
     """Logits x, `hidden` in the place of keys past `last_key` (int32, one a row); x's first key is `first_key`."""
     keys = plgpu.broadcasted_iota(jnp.int32, x.shape, key_axis, layout=plgpu.Layout.WGMMA)
     return jnp.where(keys + first_key <= along(last_key, x.shape, 1 - key_axis), x, hidden)
+
+
+def hider(seen, h, i, here, static):
+    """`hide(x, first_key, hidden)` for the rows `here` of tile i; `seen`: see `what_is_seen`."""
+    if static.by_tile:
+
+        def hide_by_tile(x, first_key, hidden):
+            listed = load(seen.at[h, i, pl.ds(first_key, x.shape[1])], PER_COLUMN)
+            return jnp.where(along(listed, x.shape, 1) > 0, x, hidden)
+
+        return hide_by_tile
+    last_key = load(seen.at[h, here], PER_ROW)
+    return lambda x, first_key, hidden: hide(x, last_key, first_key, hidden, key_axis=1)
 
 
 def produce(first, last, sources, buffers, full, consumed):
@@ -267,7 +282,7 @@ def masked_tiles(index_t, count_t, offset, length, *, tile, block, group):
     return jnp.sum(listed & hidden, axis=-1, dtype=jnp.int32)
 
 
-def forward_kernel(q, k, v, index, count, full, last_keys, out, lse, buffers, *, static):
+def forward_kernel(q, k, v, index, count, full, seen, out, lse, buffers, *, static):
     """One step of the grid: `consumers * ROWS` rows of a tile against the key blocks of its list, `keys` at a time."""
     q_buffer, kv_buffers, lse_buffer, staging, q_ready, kv_full, kv_consumed, turn = buffers
     h, first_row = own_rows(q, static)
@@ -286,7 +301,7 @@ def forward_kernel(q, k, v, index, count, full, last_keys, out, lse, buffers, *,
         q_own = q_buffer.at[w]
         own_staging = staging.at[w] if static.interpretable else None
         fetch((q.at[h, here], q_own, q_ready.at[w]))
-        last_key = load(last_keys.at[h, here], PER_ROW)
+        hide = hider(seen, h, i, here, static)
 
         def step(n, carry, masked):
             total, mass, top = carry
@@ -295,7 +310,7 @@ def forward_kernel(q, k, v, index, count, full, last_keys, out, lse, buffers, *,
             x = product(q_own, transposed(kv_buffers[0].at[slot]), take_turns)
             plgpu.barrier_arrive(kv_consumed[0].at[slot])
             if masked:
-                x = hide(x, last_key, first_key(n), HIDDEN / to_bits, key_axis=1)
+                x = hide(x, first_key(n), HIDDEN / to_bits)
             # The scale is applied to the maximum and within the exponent, where it costs no operation of its own.
             new_top = jnp.maximum(top, x.max(axis=1) * to_bits)
             p = jnp.exp2(x * to_bits - along(new_top, x.shape, 0))
@@ -325,11 +340,17 @@ def forward_kernel(q, k, v, index, count, full, last_keys, out, lse, buffers, *,
     specialise(static.consumers, producer, consumer)
 
 
-def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale, interpretable=False):
+def what_is_seen(R, offset, length, mask, group):
+    """The operand that tells which keys are seen: a mask by tiles as int32, or the last key of each row."""
+    return last_visible(R, offset, length, group) if mask is None else mask.astype(jnp.int32)
+
+
+def forward(q, k, v, index, count, offset, length, mask=None, *, tile, block, group, scale, interpretable=False):
     """Attention over the listed key blocks.
 
     Args:
       q, k, v, index, count, offset, length, tile, block, group: as at the head of this file; bfloat16 or float16.
+      mask: None, or bool `[H, R // tile, S]` in the place of positions: the listed keys that all rows of a tile see.
       scale: multiplies q.k.
       interpretable: keep to what the GPU interpreter can run; the same function, slower on hardware.
     Returns:
@@ -337,9 +358,10 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale,
     """
     check_scale(scale)
     H, R, D = q.shape
-    static = Static(tile, block, scale, H // k.shape[0], consumers_of(tile), interpretable)
+    static = Static(tile, block, scale, H // k.shape[0], consumers_of(tile), mask is not None, interpretable)
     keys = at_once(block)
-    full = full_blocks(index, count, offset, length, tile=tile, block=block, group=group)
+    sizes = dict(tile=tile, block=block, group=group)
+    full = full_blocks(index, count, offset, length, **sizes) if mask is None else jnp.zeros_like(count)
     buffers = (
         matrix(q.dtype, static.consumers, ROWS, D),
         (matrix(q.dtype, STAGES, keys, D),) * 2,
@@ -351,10 +373,10 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale,
     )
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((H, R), jnp.float32))
     kernel = launch(forward_kernel, results, buffers, static, head=H, part=R // (static.consumers * ROWS))
-    return kernel(q, k, v, index, count, full, last_visible(R, offset, length, group))
+    return kernel(q, k, v, index, count, full, what_is_seen(R, offset, length, mask, group))
 
 
-def dq_kernel(q, d_out, lse, delta, k, v, index, count, full, last_keys, dq, buffers, *, static):
+def dq_kernel(q, d_out, lse, delta, k, v, index, count, full, seen, dq, buffers, *, static):
     """One step of the grid: the gradient of `consumers * ROWS` rows, walking the same list as the forward kernel."""
     row_buffers, statistics, kv_buffers, staging, row_ready, kv_full, kv_consumed = buffers
     h, first_row = own_rows(q, static)
@@ -369,7 +391,7 @@ def dq_kernel(q, d_out, lse, delta, k, v, index, count, full, last_keys, dq, buf
         q_own, d_out_own, lse_own, delta_own = buffers
         own_staging = staging.at[w] if static.interpretable else None
         log_mass, shift = load(lse_own, PER_ROW), load(delta_own, PER_ROW)
-        last_key = load(last_keys.at[h, here], PER_ROW)
+        hide = hider(seen, h, i, here, static)
 
         def step(n, total, masked):
             slot = lax.rem(n, STAGES)
@@ -377,7 +399,7 @@ def dq_kernel(q, d_out, lse, delta, k, v, index, count, full, last_keys, dq, buf
             plgpu.barrier_wait(kv_full[0].at[slot])
             x = product(q_own, transposed(keys)) * (static.scale * LOG2E)
             if masked:
-                x = hide(x, last_key, first_key(n), HIDDEN, key_axis=1)
+                x = hide(x, first_key(n), HIDDEN)
             p = jnp.exp2(x - along(log_mass, x.shape, 0))
             plgpu.barrier_wait(kv_full[1].at[slot])
             ds = p * accumulate(along(-shift, x.shape, 0), d_out_own, transposed(values), static.interpretable)
@@ -396,7 +418,7 @@ def dq_kernel(q, d_out, lse, delta, k, v, index, count, full, last_keys, dq, buf
     specialise(static.consumers, producer, consumer)
 
 
-def dkv_kernel(q, d_out, lse, delta, k, v, index, count, masked, last_keys, dk, dv, buffers, *, static):
+def dkv_kernel(q, d_out, lse, delta, k, v, index, count, masked, seen, dk, dv, buffers, *, static):
     """One step of the grid: the gradients of `consumers * ROWS` keys, from the tiles that use them, over their heads.
 
     Works on transposed scores (keys by rows), so that the keys' sums stay in the registers of one warpgroup.
@@ -409,6 +431,13 @@ def dkv_kernel(q, d_out, lse, delta, k, v, index, count, masked, last_keys, dk, 
 
     def first_row(h, n):
         return index[h, j, lax.div(n, chunks)] * static.tile + lax.rem(n, chunks) * ROWS
+
+    def hide_keys(x, h, first_row, own):
+        if static.by_tile:
+            listed = load(seen.at[h, lax.div(first_row, static.tile), pl.ds(own, ROWS)], PER_ROW)
+            return jnp.where(along(listed, x.shape, 0) > 0, x, HIDDEN)
+        last_key = load(seen.at[h, pl.ds(first_row, ROWS)], PER_COLUMN)
+        return hide(x, last_key, own, HIDDEN, key_axis=0)
 
     def producer():
         def of_head(g, done):
@@ -442,8 +471,7 @@ def dkv_kernel(q, d_out, lse, delta, k, v, index, count, masked, last_keys, dk, 
                 plgpu.barrier_wait(row_full[0].at[slot])
                 x = product(k_own, transposed(rows)) * (static.scale * LOG2E)
                 if masked:
-                    last_key = load(last_keys.at[h, pl.ds(first_row(h, n - done), ROWS)], PER_COLUMN)
-                    x = hide(x, last_key, own, HIDDEN, key_axis=0)
+                    x = hide_keys(x, h, first_row(h, n - done), own)
                 p = jnp.exp2(x - along(load(lse_rows, PER_COLUMN), x.shape, 1))
                 plgpu.barrier_wait(row_full[1].at[slot])
                 dv_total = accumulate(dv_total, operand(p, q.dtype, own_staging), d_rows, static.interpretable)
@@ -484,6 +512,7 @@ def backward(
     count_t,
     offset,
     length,
+    mask=None,
     *,
     tile,
     block,
@@ -509,10 +538,10 @@ def backward(
     products = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     delta = jnp.where(seen, products - d_lse, 0.0)
     d_out = d_out.astype(dtype)
-    last_keys = last_visible(R, offset, length, group)
+    seen_keys = what_is_seen(R, offset, length, mask, group)
     sizes = dict(tile=tile, block=block, group=group)
 
-    static = Static(tile, block, scale, H // HK, consumers_of(tile), interpretable)
+    static = Static(tile, block, scale, H // HK, consumers_of(tile), mask is not None, interpretable)
     keys = at_once(block)
     buffers = (
         (matrix(dtype, static.consumers, ROWS, D),) * 2,
@@ -524,8 +553,8 @@ def backward(
     )
     result = jax.ShapeDtypeStruct(q.shape, dtype)
     kernel = launch(dq_kernel, result, buffers, static, head=H, part=R // (static.consumers * ROWS))
-    full = full_blocks(index, count, offset, length, **sizes)
-    dq = kernel(q, d_out, log_mass, delta, k, v, index, count, full, last_keys)
+    full = full_blocks(index, count, offset, length, **sizes) if mask is None else jnp.zeros_like(count)
+    dq = kernel(q, d_out, log_mass, delta, k, v, index, count, full, seen_keys)
 
     static = static._replace(consumers=consumers_of(block))
     buffers = (
@@ -537,8 +566,8 @@ def backward(
     )
     results = (jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype))
     kernel = launch(dkv_kernel, results, buffers, static, part=S // (static.consumers * ROWS), kv_head=HK)
-    masked = masked_tiles(index_t, count_t, offset, length, **sizes)
-    dk, dv = kernel(q, d_out, log_mass, delta, k, v, index_t, count_t, masked, last_keys)
+    masked = masked_tiles(index_t, count_t, offset, length, **sizes) if mask is None else count_t
+    dk, dv = kernel(q, d_out, log_mass, delta, k, v, index_t, count_t, masked, seen_keys)
     return dq, dk, dv
 
 

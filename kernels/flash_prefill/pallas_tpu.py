@@ -12,7 +12,7 @@ and `energy`. How the three attention kernels are built:
 * Lists are scalars: they live in SMEM, 1 MiB in all. A call takes as many rows as `SMEM_BYTES` hold, in 16 bits where
   block ids fit; a loop over calls does the rest, every call writing its own blocks of the same buffers.
 * Masks cost nothing where every query of a step sees every key. Row r stands at offset + r // group, so it sees key t
-  iff r >= group * (t - offset): no division.
+  iff r >= group * (t - offset): no division. A mask by tiles (mean keys) travels with the queries, a row a tile.
 """
 
 import math
@@ -359,8 +359,11 @@ def positions(ids: Sequence, used, size: int, scale: int):
 
 
 def attend_rows(step: Step, fixed, gathered, outputs, scratch, *, block: int, group: int, scale: float):
-    """Forward, a query tile against gathered key blocks. Row r sees key t iff r >= group * t - shift and t < length."""
-    (q_ref,), (k_ref, v_ref) = fixed, gathered
+    """Forward, a query tile against gathered key blocks.
+
+    Row r sees key t iff r >= group * t - shift and t < length, or, with a mask `[1, keys]` beside q, iff that is 1.
+    """
+    (q_ref, *mask), (k_ref, v_ref) = fixed, gathered
     out_ref, lse_ref = outputs
     top_ref, total_ref, sum_ref = scratch
     tile, width = q_ref.shape[1:]
@@ -375,7 +378,7 @@ def attend_rows(step: Step, fixed, gathered, outputs, scratch, *, block: int, gr
         k, v = stacked(k_ref), stacked(v_ref)
         x = dot(q_ref[0], k, (1, 1)) * (scale * LOG2E)
         if masked:
-            seen = sees_keys(step, tile, block, group)
+            seen = sees_keys(step, tile, block, group, *mask)
             x = jnp.where(seen, x, MASKED)
         top = jnp.maximum(top_ref[...], jnp.max(x, axis=1, keepdims=True))
         p = jnp.exp2(x - lanes(top, x.shape[1]))
@@ -385,7 +388,7 @@ def attend_rows(step: Step, fixed, gathered, outputs, scratch, *, block: int, gr
         total_ref[...] = shrink * total_ref[...] + jnp.sum(p, axis=1, keepdims=True)
         sum_ref[...] = sum_ref[...] * lanes(shrink, width) + dot(p.astype(v.dtype), v, (1, 0))
 
-    dispatch(accumulate, step, keys_visible(step, block, group))
+    dispatch(accumulate, step, None if mask else keys_visible(step, block, group))
 
     @pl.when(step.closes)
     def _():
@@ -397,8 +400,11 @@ def attend_rows(step: Step, fixed, gathered, outputs, scratch, *, block: int, gr
         lse_ref[0] = as_row(lse)
 
 
-def sees_keys(step: Step, tile: int, block: int, group: int):
-    """Boolean `[tile, keys]` of a step over key blocks."""
+def sees_keys(step: Step, tile: int, block: int, group: int, mask=None):
+    """Boolean `[tile or 1, keys]` of a step over key blocks; mask: a reference to the tile's `[1, 1, keys]`."""
+    if mask is not None:
+        seen = jnp.concatenate([part_of(mask.at[0], id, block) for id in step.ids], axis=1)
+        return (seen > 0) & (lax.broadcasted_iota(jnp.int32, seen.shape, 1) < step.used * block)
     last = jnp.minimum(group * (step.length - 1), FAR - 1)
     need = positions(step.ids, step.used, block, group)
     need = jnp.where(need <= last, need - step.shift, FAR)
@@ -412,15 +418,23 @@ def keys_visible(step: Step, block: int, group: int):
     return (step.used == len(step.ids)) & (group * last <= step.shift) & (last < step.length)
 
 
+def part_of(mask, id, block: int):
+    """The entries `[1, block]` of a mask `[1, keys]` for a block of keys."""
+    return mask[:, pl.ds(pl.multiple_of(id * block, block), block)]
+
+
 def dispatch(accumulate, step: Step, visible):
-    """Runs the form without masks where it is right."""
+    """Runs the form without masks where it is right, which is nowhere if `visible` is None."""
+    if visible is None:
+        pl.when(step.used > 0)(lambda: accumulate(True))
+        return
     pl.when((step.used > 0) & visible)(lambda: accumulate(False))
     pl.when((step.used > 0) & ~visible)(lambda: accumulate(True))
 
 
 def dq_rows(step: Step, fixed, gathered, outputs, scratch, *, block: int, group: int, scale: float):
     """dq of a query tile. `stats` holds per row the log2-normaliser and rowsum(do * out) - d_lse, `[2, tile]`."""
-    (q_ref, do_ref, stats_ref), (k_ref, v_ref) = fixed, gathered
+    (q_ref, do_ref, stats_ref, *mask), (k_ref, v_ref) = fixed, gathered
     (dq_ref,) = outputs
     lse_ref, delta_ref, sum_ref = scratch
     tile = q_ref.shape[1]
@@ -437,11 +451,11 @@ def dq_rows(step: Step, fixed, gathered, outputs, scratch, *, block: int, group:
         x = dot(q_ref[0], k, (1, 1)) * (scale * LOG2E)
         p = jnp.exp2(x - lanes(lse_ref[...], x.shape[1]))
         if masked:
-            p = jnp.where(sees_keys(step, tile, block, group), p, 0.0)
+            p = jnp.where(sees_keys(step, tile, block, group, *mask), p, 0.0)
         ds = p * (dot(do_ref[0], v, (1, 1)) - lanes(delta_ref[...], x.shape[1]))
         sum_ref[...] += dot(ds.astype(k.dtype), k, (1, 0))
 
-    dispatch(accumulate, step, keys_visible(step, block, group))
+    dispatch(accumulate, step, None if mask else keys_visible(step, block, group))
 
     @pl.when(step.closes)
     def _():
@@ -451,9 +465,10 @@ def dq_rows(step: Step, fixed, gathered, outputs, scratch, *, block: int, group:
 def dkv_rows(step: Step, fixed, gathered, outputs, scratch, *, tile: int, group: int, scale: float):
     """dk and dv of a key block against gathered query tiles, transposed: keys on sublanes, queries on lanes.
 
-    Query row r sees key t of the block iff r >= group * t + shift and t < length.
+    Query row r sees key t of the block iff r >= group * t + shift and t < length. With masks `[1, keys]` of the tiles,
+    `shift` is the number of the block.
     """
-    (k_ref, v_ref), (q_ref, do_ref, stats_ref) = fixed, gathered
+    (k_ref, v_ref), (q_ref, do_ref, stats_ref, *mask) = fixed, gathered
     dk_ref, dv_ref = outputs
     dk_sum, dv_sum = scratch
     block = k_ref.shape[1]
@@ -469,22 +484,31 @@ def dkv_rows(step: Step, fixed, gathered, outputs, scratch, *, tile: int, group:
         x = dot(k_ref[0], q, (1, 1)) * (scale * LOG2E)
         p = jnp.exp2(x - stats[:1])
         if masked:
-            at = positions(step.ids, step.used, tile, 1)
-            at = jnp.where(at < FAR, at, -FAR)
-            key = lax.broadcasted_iota(jnp.int32, p.shape, 0)
-            need = jnp.where(key < step.length, group * key + step.shift, FAR)
-            p = jnp.where(at >= need, p, 0.0)
+            p = jnp.where(seen_by_tiles(step, block, tile, group, *mask), p, 0.0)
         dv_sum[...] += dot(p.astype(do.dtype), do, (1, 0))
         ds = p * (dot(v_ref[0], do, (1, 1)) - stats[1:])
         dk_sum[...] += dot(ds.astype(q.dtype), q, (1, 0))
 
     visible = (step.ids[0] * tile >= group * (block - 1) + step.shift) & (step.length >= block)
-    dispatch(accumulate, step, visible & (step.used == len(step.ids)))
+    dispatch(accumulate, step, None if mask else visible & (step.used == len(step.ids)))
 
     @pl.when(step.closes)
     def _():
         dk_ref[0] = (dk_sum[...] * scale).astype(dk_ref.dtype)
         dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
+
+
+def seen_by_tiles(step: Step, block: int, tile: int, group: int, mask=None):
+    """Boolean `[block, rows]` of a step over query tiles; mask: a reference to their `[width, 1, keys]`."""
+    if mask is not None:
+        own = [as_column(part_of(mask.at[u], step.shift, block)) for u in range(len(step.ids))]
+        seen = jnp.concatenate([jnp.broadcast_to(column, (block, tile)) for column in own], axis=1)
+        return (seen > 0) & (lax.broadcasted_iota(jnp.int32, seen.shape, 1) < step.used * tile)
+    at = positions(step.ids, step.used, tile, 1)
+    at = jnp.where(at < FAR, at, -FAR)
+    key = lax.broadcasted_iota(jnp.int32, (block, at.shape[1]), 0)
+    need = jnp.where(key < step.length, group * key + step.shift, FAR)
+    return at >= need
 
 
 def tile_lists(index, count, offset, length, *, tile: int, group: int, key_heads: int, key_blocks: int) -> Lists:
@@ -501,10 +525,13 @@ def tile_lists(index, count, offset, length, *, tile: int, group: int, key_heads
     )
 
 
-def key_lists(index_t, count_t, offset, length, *, block: int, group: int, key_heads: int, tiles: int) -> Lists:
+def key_lists(
+    index_t, count_t, offset, length, *, block: int, group: int, key_heads: int, tiles: int, masked: bool
+) -> Lists:
     """The lists of the key blocks; a row is a (key head, key block, query head of it), in this order.
 
-    `shift` = group * (first key of the block - offset), `length` counts the valid keys of the block.
+    `shift` = group * (first key of the block - offset), or the number of the block if `masked`: a mask by tiles says
+    what is seen. `length` counts the valid keys of the block.
     """
     heads, blocks, slots = index_t.shape
     repeat = heads // key_heads
@@ -514,17 +541,23 @@ def key_lists(index_t, count_t, offset, length, *, block: int, group: int, key_h
         return jnp.swapaxes(x, 1, 2).reshape(-1, *tail)
 
     per_block = lambda x: rows(jnp.broadcast_to(x, (heads, blocks)).astype(jnp.int32))  # noqa: E731
-    first = block * lax.iota(jnp.int32, blocks)
+    number = lax.iota(jnp.int32, blocks)
+    first = block * number
     return Lists(
         rows(smallest(index_t, tiles), slots),
         rows(jnp.minimum(count_t, slots).astype(jnp.int32)),
         per_block(tiles * lax.iota(jnp.int32, heads)[:, None]),
-        per_block(group * (first - offset.astype(jnp.int32)[:, None])),
+        per_block(number if masked else group * (first - offset.astype(jnp.int32)[:, None])),
         per_block(length[:, None] - first),
     )
 
 
-def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale, interpret=False):
+def mask_rows(mask) -> tuple:
+    """A mask `[H, T, S]` by tiles as an operand: nothing for None, else float32 `[H * T, 1, S]`."""
+    return () if mask is None else (mask.reshape(-1, 1, mask.shape[-1]).astype(jnp.float32),)
+
+
+def forward(q, k, v, index, count, offset, length, mask=None, *, tile, block, group, scale, interpret=False):
     """Attention of query tiles over the key blocks that their lists name.
 
     Args:
@@ -533,6 +566,8 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale,
       index: integers `[H, R // tile, slots]`, ascending key blocks; unused slots repeat the last one.
       count: integers `[H, R // tile]`, how many slots are used.
       offset, length: integers `[H]`: position of row 0, number of valid keys.
+      mask: None, or bool `[H, R // tile, S]` in the place of positions: the listed keys that all rows of a tile see.
+        Then `block` must be a multiple of 128.
       tile, block, group, scale: static.
       interpret: False, True or `pltpu.InterpretParams`.
     Returns:
@@ -543,7 +578,7 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale,
     out, lse = walk(
         lambda *a: attend_rows(*a, block=block, group=group, scale=scale),
         lists,
-        (q.reshape(-1, tile, D),),
+        (q.reshape(-1, tile, D), *mask_rows(mask)),
         (k.reshape(-1, block, D), v.reshape(-1, block, D)),
         [((tile, D), q.dtype), ((1, tile), jnp.float32)],
         [(tile, LANES), (tile, LANES), (tile, D)],
@@ -558,8 +593,8 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale,
 
 
 def backward(
-    q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, *, tile, block, group, scale,
-    interpret=False,
+    q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, mask=None,
+    *, tile, block, group, scale, interpret=False,
 ):  # fmt: skip
     """Gradients of `forward`; arguments as there.
 
@@ -581,7 +616,7 @@ def backward(
     (dq,) = walk(
         lambda *a: dq_rows(*a, block=block, group=group, scale=scale),
         tile_lists(index, count, offset, length, tile=tile, group=group, key_heads=HK, key_blocks=S // block),
-        (queries, d_out, stats),
+        (queries, d_out, stats, *mask_rows(mask)),
         (keys, values),
         [((tile, D), q.dtype)],
         [(tile, LANES), (tile, LANES), (tile, D)],
@@ -592,11 +627,12 @@ def backward(
         interpret=interpret,
         name="block_sparse_attention_dq",
     )
+    sizes = dict(block=block, group=group, key_heads=HK, tiles=R // tile, masked=mask is not None)
     dk, dv = walk(
         lambda *a: dkv_rows(*a, tile=tile, group=group, scale=scale),
-        key_lists(index_t, count_t, offset, length, block=block, group=group, key_heads=HK, tiles=R // tile),
+        key_lists(index_t, count_t, offset, length, **sizes),
         (keys, values),
-        (queries, d_out, stats),
+        (queries, d_out, stats, *mask_rows(mask)),
         [((block, D), k.dtype), ((block, D), v.dtype)],
         [(block, D), (block, D)],
         width=gather_width(block, tile, index_t.shape[-1]),

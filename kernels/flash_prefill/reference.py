@@ -2,6 +2,7 @@
 
 Arguments as every backend takes them (head-major, padded; see `api.attend`): row r of head h stands at position
 offset[h] + r // group, key t is seen by it iff its block is listed for the row's tile, t < length[h] and t <= position.
+With `mask`, bool `[H, T, S]`, all rows of tile i see the listed keys t of mask[h, i, t], wherever they stand.
 """
 
 import jax
@@ -28,16 +29,19 @@ def spread_heads(x, heads: int):
     return jnp.repeat(x, heads // x.shape[0], axis=0)
 
 
-def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale):
+def forward(q, k, v, index, count, offset, length, mask=None, *, tile, block, group, scale):
     """(out `[H, R, D]` in q's dtype, lse `[H, R]` in nats); a row that sees no key: 0 and -inf."""
     H, R, _ = q.shape
     S = k.shape[1]
     accumulate = wide(q.dtype)
     k, v = (spread_heads(x, H).astype(accumulate) for x in (k, v))
     listed = index_mask(index, count, S // block)
-    t = jnp.arange(S)
-    seen = jnp.repeat(jnp.repeat(listed, tile, axis=1), block, axis=2) & (t < length[:, None, None])
-    seen &= t <= row_positions(offset, R, group)[..., None]
+    seen = jnp.repeat(jnp.repeat(listed, tile, axis=1), block, axis=2)
+    if mask is None:
+        t = jnp.arange(S)
+        seen &= (t < length[:, None, None]) & (t <= row_positions(offset, R, group)[..., None])
+    else:
+        seen &= jnp.repeat(mask, tile, axis=1)
     logits = jnp.einsum("hrd,hsd->hrs", q.astype(accumulate), k, precision="highest") * scale
     any_seen = seen.any(-1)
     # Where no key is seen a constant takes the logits' place, so that no NaN enters the gradient.
@@ -47,9 +51,9 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale)
     return out.astype(q.dtype), jnp.where(any_seen, lse, -jnp.inf)
 
 
-def backward(q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, **static):
+def backward(q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, mask=None, **static):
     """(dq, dk, dv) by differentiating the definition."""
-    primal = lambda q, k, v: forward(q, k, v, index, count, offset, length, **static)  # noqa: E731
+    primal = lambda q, k, v: forward(q, k, v, index, count, offset, length, mask, **static)  # noqa: E731
     return jax.vjp(primal, q, k, v)[1]((d_out, d_lse))
 
 

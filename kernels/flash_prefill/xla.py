@@ -5,10 +5,12 @@ order of their lengths, with a traced trip count; a step multiplies one block fo
 time is best: its tiles stay in the cache, and the matrix products run near the speed of large ones.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import on_device, product
+from rollax.kernels.backends import product
 from rollax.kernels.flash_prefill.reference import LOG2_E, wide
 
 NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
@@ -39,13 +41,27 @@ def walk(step, index, count, start):
     return jax.lax.fori_loop(0, count.max(), body, start)
 
 
+def seen_by(mask, offset, length, heads, tiles, *, tile: int, block: int, group: int, total: int):
+    """What decides which keys a tile sees: `seen(blocks [G])`, bool `[G, tile or 1, block]`.
+
+    Args:
+      mask: None, or bool `[H, T, S]`, see `reference`.
+      heads, tiles: int32 `[G]`, the tile of its head; total: T.
+    """
+    if mask is not None:
+        mask = mask.reshape(-1, mask.shape[-1] // block, block)
+        return lambda blocks: mask[heads * total + tiles, blocks][:, None]
+    limits = row_limits(offset, length, heads, tiles, tile=tile, group=group)[..., None]
+    return lambda blocks: (blocks[:, None] * block + jnp.arange(block))[:, None] < limits
+
+
 def row_limits(offset, length, heads, tiles, *, tile: int, group: int):
     """int32 `[G, tile]`: a row of tile `tiles` `[G]` of head `heads` `[G]` sees the keys below its limit."""
     position = offset[heads][:, None] + (tiles[:, None] * tile + jnp.arange(tile, dtype=jnp.int32)) // group
     return jnp.minimum(position + 1, length[heads][:, None])
 
 
-def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale):
+def forward(q, k, v, index, count, offset, length, mask=None, *, tile, block, group, scale):
     """See `reference.forward`."""
     (H, R, D), HK = q.shape, k.shape[0]
     T, n = R // tile, k.shape[1] // block
@@ -57,14 +73,12 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale)
     def some_tiles(ids):
         heads = ids // T
         rows, first = q_tiles[ids], heads // (H // HK) * n
-        limits = row_limits(offset, length, heads, ids % T, tile=tile, group=group)
+        seen = seen_by(mask, offset, length, heads, ids % T, tile=tile, block=block, group=group, total=T)
 
         def step(blocks, used, state):
             top, total, out = state
             keys, values = k_blocks[first + blocks], v_blocks[first + blocks]
-            t = blocks[:, None] * block + jnp.arange(block)
-            seen = used & (t[:, None] < limits[..., None])
-            x = jnp.where(seen, product("grd,gsd->grs", rows, keys) * (scale * LOG2_E), NEVER)
+            x = jnp.where(used & seen(blocks), product("grd,gsd->grs", rows, keys) * (scale * LOG2_E), NEVER)
             new_top = jnp.maximum(top, x.max(-1))
             p = jnp.exp2(x - new_top[..., None])
             shrink = jnp.exp2(top - new_top)
@@ -82,8 +96,9 @@ def forward(q, k, v, index, count, offset, length, *, tile, block, group, scale)
 
 
 def backward(
-    q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, *, tile, block, group, scale
-):
+    q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length, mask=None,
+    *, tile, block, group, scale,
+):  # fmt: skip
     """See `reference.backward`. The weights are formed again from lse, once by tile and once by key block."""
     (H, R, D), HK = q.shape, k.shape[0]
     T, n = R // tile, k.shape[1] // block
@@ -94,11 +109,10 @@ def backward(
     q_tiles, do_tiles = (x.reshape(H * T, tile, D) for x in (q, d_out))
     lse_tiles, shift_tiles = (x.reshape(H * T, tile, 1) for x in (lse, shift))
     k_blocks, v_blocks = (x.reshape(HK * n, block, D) for x in (k, v))
+    seen_of = partial(seen_by, mask, offset, length, tile=tile, block=block, group=group, total=T)
 
-    def weights(tiles, keys, values, limits, blocks, used):
+    def weights(tiles, keys, values, seen):
         """(P, d logits) `[G, tile, block]` of flat tiles and given keys."""
-        t = blocks[:, None] * block + jnp.arange(block)
-        seen = used & (t[:, None] < limits[..., None])
         x = product("grd,gsd->grs", q_tiles[tiles], keys) * scale
         p = jnp.exp(jnp.where(seen, x, NEVER) - lse_tiles[tiles])
         return p, p * (product("grd,gsd->grs", do_tiles[tiles], values) - shift_tiles[tiles]) * scale
@@ -106,11 +120,11 @@ def backward(
     def some_tiles(ids):
         heads = ids // T
         first = heads // (H // HK) * n
-        limits = row_limits(offset, length, heads, ids % T, tile=tile, group=group)
+        seen = seen_of(heads, ids % T)
 
         def step(blocks, used, dq):
             keys, values = k_blocks[first + blocks], v_blocks[first + blocks]
-            _, dx = weights(ids, keys, values, limits, blocks, used)
+            _, dx = weights(ids, keys, values, used & seen(blocks))
             return dq + product("grs,gsd->grd", dx.astype(k.dtype), keys)
 
         start = jnp.zeros_like(q_tiles[ids], dtype)
@@ -123,9 +137,9 @@ def backward(
 
         def step(tiles, used, state):
             dk, dv = state
-            limits = row_limits(offset, length, heads, tiles, tile=tile, group=group)
+            seen = seen_of(heads, tiles)(blocks)
             tiles = heads * T + tiles
-            p, dx = weights(tiles, keys, values, limits, blocks, used)
+            p, dx = weights(tiles, keys, values, used & seen)
             dk += product("grs,grd->gsd", dx.astype(q.dtype), q_tiles[tiles])
             return dk, dv + product("grs,grd->gsd", p.astype(d_out.dtype), do_tiles[tiles])
 
@@ -155,7 +169,7 @@ def scores_by_tile(reduce, q, kbar, offset, length, *, tile, block, group, rule)
         seen = jnp.arange(n) < jnp.where(valid, limit, 0)[:, None]
         return reduce(product("rd,nd->rn", q_tiles[i], kbar[head // (H // HK)]), seen)
 
-    scores = SCORES_AT_ONCE["device" if on_device("xla") else "cpu"]
+    scores = SCORES_AT_ONCE["cpu" if jax.default_backend() == "cpu" else "device"]
     at_once = max(1, min(H * T, scores // (tile * n)))
     results = jax.lax.map(of_tile, jnp.arange(H * T, dtype=jnp.int32), batch_size=at_once)
     return jax.tree.map(lambda x: x.reshape(H, T, *x.shape[1:]), results)

@@ -66,7 +66,6 @@ def test_the_kernel_of_the_platform_is_asked(monkeypatch):
         "pallas_mgpu", "pallas_mgpu", "xla", "pallas_tpu",
     ]  # fmt: skip
     assert asked == ["pallas_tpu", "pallas_mgpu", "pallas_mgpu", "pallas_tpu"]
-    assert all(map(backends.on_device, ("pallas_mgpu", "xla", "reference")))
     with pytest.raises(ValueError, match="implementation 'pallas' of f cannot take this: too wide"):
         backends.choose("f", PACKAGE, "pallas", lambda kernels: "too wide")
 

@@ -57,8 +57,11 @@ def lists(mask):
     return jnp.asarray(index, jnp.int32), jnp.asarray(count)
 
 
-def make(case: Case, seed=0):
-    """(q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length); head 0's last tile lists nothing."""
+def make(case: Case, seed=0, by_tile=False):
+    """(q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length); head 0's last tile lists nothing.
+
+    With `by_tile` a mask stands at the end.
+    """
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), case.dtype)  # noqa: E731
     mask = rng.random((case.H, case.R // case.tile, case.S // case.block)) < 0.75
@@ -66,6 +69,8 @@ def make(case: Case, seed=0):
     arrays = normal(case.H, case.R, case.D), normal(case.HK, case.S, case.D), normal(case.HK, case.S, case.D)
     d_out, d_lse = normal(case.H, case.R, case.D), jnp.asarray(rng.normal(size=(case.H, case.R)), jnp.float32)
     ends = jnp.array(case.offset, jnp.int32), jnp.array(case.length, jnp.int32)
+    if by_tile:
+        ends += (jnp.asarray(rng.random((*mask.shape[:2], case.S)) < 0.3),)
     return *arrays, d_out, d_lse, *lists(mask), *lists(mask.swapaxes(1, 2)), *ends
 
 
@@ -78,9 +83,8 @@ def close(got, expected, tolerance):
     np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=bound)
 
 
-def check_attention(case: Case, **how):
-    q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length = make(case)
-    ends = (offset, length)
+def check_attention(case: Case, by_tile=False, **how):
+    q, k, v, d_out, d_lse, index, count, index_t, count_t, *ends = make(case, by_tile=by_tile)
     out, lse = pallas_mgpu.forward(q, k, v, index, count, *ends, **case.static, **how)
     exact = tuple(x.astype(jnp.float32) for x in (q, k, v))
     expected_out, expected_lse = reference.forward(*exact, index, count, *ends, **case.static)
@@ -120,15 +124,17 @@ def interpreted():
 
 
 @interpreter
-def test_attention_in_the_interpreter(interpreted):
-    check_attention(SMALL, interpretable=True)
+@pytest.mark.parametrize("by_tile", [False, True])
+def test_attention_in_the_interpreter(interpreted, by_tile):
+    check_attention(SMALL, by_tile, interpretable=True)
 
 
 @interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_more_attention_in_the_interpreter(interpreted, name):
-    check_attention(CASES[name], interpretable=True)
+@pytest.mark.parametrize("by_tile", [False, True])
+def test_more_attention_in_the_interpreter(interpreted, name, by_tile):
+    check_attention(CASES[name], by_tile, interpretable=True)
 
 
 ENERGY = Case(2, 1, 128, 150, 64, 64, 2, 3, (80, 0), (100, 30))  # the keys are the means of 150 blocks of 2
@@ -170,14 +176,17 @@ def calls(case: Case, slots: int, struct):
     index_t, count_t = struct((case.H, blocks, slots), jnp.int32), struct((case.H, blocks), jnp.int32)
     ends = (per_head, per_head)
     saved = (q, per_row, q, per_row, index, count, index_t, count_t)
+    mask = struct((case.H, tiles, case.S), jnp.bool_)
     return {
         "forward": (partial(pallas_mgpu.forward, **case.static), (q, k, k, index, count, *ends)),
         "backward": (partial(pallas_mgpu.backward, **case.static), (q, k, k, *saved, *ends)),
+        "forward by tile": (partial(pallas_mgpu.forward, **case.static), (q, k, k, index, count, *ends, mask)),
+        "backward by tile": (partial(pallas_mgpu.backward, **case.static), (q, k, k, *saved, *ends, mask)),
         "energy": (partial(pallas_mgpu.energy, rule="first", **case.static), (q, mean, *ends)),
     }
 
 
-LOWERED = {"forward": 1, "backward": 2, "energy": 1}  # kernels in each
+LOWERED = {"forward": 1, "backward": 2, "forward by tile": 1, "backward by tile": 2, "energy": 1}  # kernels in each
 
 
 @pytest.mark.parametrize("name", LOWERED)
@@ -229,8 +238,9 @@ def hopper():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-def test_attention_on_the_gpu(hopper, name):
-    check_attention(CASES[name])
+@pytest.mark.parametrize("by_tile", [False, True])
+def test_attention_on_the_gpu(hopper, name, by_tile):
+    check_attention(CASES[name], by_tile)
 
 
 @pytest.mark.gpu

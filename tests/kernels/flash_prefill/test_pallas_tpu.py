@@ -87,14 +87,20 @@ def positions(case: Case):
     return np.asarray(case.offset)[:, None] + np.arange(case.rows) // case.group
 
 
-def dense(case: Case, q, k, v, d_out, d_lse, mask, scale):
-    """(out, lse, dq, dk, dv) in float64 from the textbook formulas, all scores at once."""
+def dense(case: Case, q, k, v, d_out, d_lse, mask, scale, by_tile=None):
+    """(out, lse, dq, dk, dv) in float64 from the textbook formulas, all scores at once.
+
+    by_tile: None, or the keys that a tile sees in the place of positions.
+    """
     q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_out, d_lse))
     repeat = case.H // case.HK
     k, v = np.repeat(k, repeat, 0), np.repeat(v, repeat, 0)
     seen = np.repeat(np.repeat(mask, case.tile, 1), case.block, 2)
     t = np.arange(case.keys)
-    seen &= (t <= positions(case)[..., None]) & (t < np.asarray(case.length)[:, None, None])
+    if by_tile is None:
+        seen &= (t <= positions(case)[..., None]) & (t < np.asarray(case.length)[:, None, None])
+    else:
+        seen &= np.repeat(by_tile, case.tile, 1)
     x = np.einsum("hrd,htd->hrt", q, k) * scale
     top = np.max(np.where(seen, x, -np.inf), -1, keepdims=True, initial=-1e300)
     p = np.where(seen, np.exp(np.where(seen, x - top, 0)), 0)
@@ -109,17 +115,17 @@ def dense(case: Case, q, k, v, d_out, d_lse, mask, scale):
     return out, lse, ds @ k * scale, dk, dv
 
 
-def run(case: Case, inputs, scale, interpret):
+def run(case: Case, inputs, scale, interpret, by_tile=None):
     q, k, v, d_out, d_lse, _, (index, count, index_t, count_t), offset, length = inputs
 
     @jax.jit
-    def both(q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length):
+    def both(q, k, v, d_out, d_lse, index, count, index_t, count_t, *ends):
         static = dict(**case.sizes, scale=scale, interpret=interpret)
-        out, lse = pallas_tpu.forward(q, k, v, index, count, offset, length, **static)
-        saved = (q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, offset, length)
+        out, lse = pallas_tpu.forward(q, k, v, index, count, *ends, **static)
+        saved = (q, k, v, out, lse, d_out, d_lse, index, count, index_t, count_t, *ends)
         return out, lse, *pallas_tpu.backward(*saved, **static)
 
-    return both(q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length)
+    return both(q, k, v, d_out, d_lse, index, count, index_t, count_t, offset, length, by_tile)
 
 
 def check(results, expected, tolerance):
@@ -153,6 +159,18 @@ def dense_energy(case: Case, q, kbar, scale, rule):
 def test_forward_and_backward_equal_dense(name):
     inputs = make(CASES[name])
     check(run(CASES[name], inputs, 0.3, True), dense(CASES[name], *inputs[:6], 0.3), 5e-6)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_masks_by_tiles(width, monkeypatch):
+    """What the mean correction needs; lists end inside a step of several blocks, and in none."""
+    monkeypatch.setattr(pallas_tpu, "STEP_LENGTH", 128 * width)
+    case = Case(4, 2, 32, 384, 16, 8, 128, 1, (0,) * 4, (0,) * 4, 3)
+    inputs, rng = make(case._replace(offset=(384,) * 4)), np.random.default_rng(1)
+    by_tile = rng.random((case.H, 4, case.keys)) < 0.3
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", random_seed=0)
+    results = run(case, inputs, 0.3, interpret, jnp.asarray(by_tile))
+    check(results, dense(case, *inputs[:6], 0.3, by_tile), 5e-6)
 
 
 def test_bfloat16():
@@ -240,13 +258,15 @@ def real_calls():
     lists_t = shape((H, blocks, 32), jnp.int32), shape((H, blocks), jnp.int32)
     bounds = shape((H,), jnp.int32), shape((H,), jnp.int32)
     static = dict(tile=128, block=128, group=group, scale=D**-0.5)
+    saved, by_tile = (q, lse, q, lse, *lists, *lists_t), shape((H, R // 128, T), jnp.bool_)
     energy = partial(pallas_tpu.energy, rule="first", **static)
     return {
         "block_sparse_attention": (partial(pallas_tpu.forward, **static), (q, k, k, *lists, *bounds)),
         "block_sparse_attention_dkv": (
             partial(pallas_tpu.backward, **static),
-            (q, k, k, q, lse, q, lse, *lists, *lists_t, *bounds),
+            (q, k, k, *saved, *bounds),
         ),
+        "block_sparse_attention_dq": (partial(pallas_tpu.backward, **static), (q, k, k, *saved, *bounds, by_tile)),
         "block_energy": (energy, (q, shape((HK, blocks, D), jnp.bfloat16), *bounds)),
     }
 

@@ -17,7 +17,8 @@ GEOMETRIES = {
 }
 
 
-def case_of(name, dtype=jnp.float32):
+def case_of(name, dtype=jnp.float32, by_tile=False):
+    """(arrays, index, ends, static); with `by_tile` a mask stands at the end of the ends."""
     H, HK, R, S, tile, block, group, offset, length = GEOMETRIES[name]
     keys = jax.random.split(jax.random.key(0), 6)
     draw = lambda key, *shape: jax.random.normal(key, shape, dtype)  # noqa: E731
@@ -27,18 +28,26 @@ def case_of(name, dtype=jnp.float32):
     mask = mask.at[0, 0].set(False)
     static = dict(tile=tile, block=block, group=group)
     ends = jnp.asarray(offset, jnp.int32), jnp.asarray(length, jnp.int32)
+    if by_tile:
+        ends += (jax.random.uniform(jax.random.fold_in(keys[4], 1), (H, R // tile, S)) < 0.4,)
     return (q, k, v, d_out, draw(keys[5], H, R)), compact_index(mask, S // block), ends, static
 
 
 @pytest.mark.parametrize(
-    ("name", "at_once"), [*((name, at_once) for name in GEOMETRIES for at_once in (1, 3)), ("packed", 64)]
+    ("name", "at_once", "by_tile"),
+    [
+        *((name, at_once, False) for name in GEOMETRIES for at_once in (1, 3)),
+        ("packed", 64, False),
+        ("packed", 1, True),
+        ("square", 3, True),
+    ],
 )
-def test_forward_and_backward(name, at_once, monkeypatch):
-    """Lists one by one as on CPUs, and in groups as on accelerators."""
+def test_forward_and_backward(name, at_once, by_tile, monkeypatch):
+    """Lists one by one as on CPUs, and in groups as on accelerators; positions or a mask by tiles."""
     if at_once > 1:
         monkeypatch.setattr(xla.jax, "default_backend", lambda: "accelerator")
         monkeypatch.setattr(xla, "LISTS_AT_ONCE", at_once)
-    (q, k, v, d_out, d_lse), index, ends, static = case_of(name)
+    (q, k, v, d_out, d_lse), index, ends, static = case_of(name, by_tile=by_tile)
 
     def run(module, q, k, v, d_out, d_lse):
         back = transpose_index(index, blocks=k.shape[1] // static["block"])
