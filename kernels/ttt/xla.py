@@ -47,9 +47,10 @@ def linear_step(params, q, k, v, gate, eta_pos, weight, bias):
     last = (eta_pos[-1] * gate)[..., None]
     z = jnp.concatenate([k, q], 1) @ W1 + b1
     G = reconstruction_gradient(z[:, :K], v - k, weight, bias)
-    z = z[:, K:] - write_mask(q, k, eta_pos, gate) @ G
-    params = W1 - (last * k).mT @ G, b1 - jnp.sum(last * G, 1, keepdims=True)
-    return params, q + weight * standardise(z)[0] + bias
+    # What G is to the tokens and to the weights, as one product: on a CPU a small one costs most to begin.
+    read, learnt = jnp.split(jnp.concatenate([write_mask(q, k, eta_pos, gate), (last * k).mT], 1) @ G, [K], 1)
+    params = W1 - learnt, b1 - jnp.sum(last * G, 1, keepdims=True)
+    return params, q + weight * standardise(z[:, K:] - read)[0] + bias
 
 
 def mlp_step(params, q, k, v, gate, eta_pos, weight, bias):
