@@ -65,9 +65,10 @@ class TransformerConfig:
       scan_layers: True: parameters stacked `[L, ...]` and layers scanned, which compiles in constant time; False: a
         tuple of layers, unrolled, which runs faster; None: scanned from 32 layers on.
       remat: recompute each layer in the backward pass instead of keeping its activations.
-      block_decode: for CPUs: steps of one token read the cache block by block, up to the last slot in use
-        (`rollax.kernels.decode_attention`). It pays from some thousand slots a row on, and not for a sharded batch; in
-        bfloat16 it rounds otherwise than a forward pass. Elsewhere it changes little: the kernels take no mask.
+      block_decode: steps of one token read the cache block by block, up to the last slot in use
+        (`rollax.kernels.decode_attention`; its kernels, where the cache has a multiple of 128 slots). On a CPU it pays
+        from some thousand slots a row on, and not for a sharded batch; in bfloat16 it rounds otherwise than a forward
+        pass.
     """
 
     vocab_size: int

@@ -373,7 +373,9 @@ WIDTH = 128
 def decode_attention_of(implementation):
     from rollax.kernels.decode_attention import decode_attention
 
-    return lambda q, k, v, length: decode_attention(q, k, v, length, implementation=implementation)
+    return lambda q, k, v, length, mask=None: decode_attention(
+        q, k, v, length, mask=mask, implementation=implementation
+    )
 
 
 def linear_log_prob_of(implementation):
@@ -492,6 +494,8 @@ def cases() -> dict[str, Case]:
         shapes = ((rows_at_once, Q, WIDTH), cache, cache, ((rows_at_once,), "int32"))
         decode = ("decode_attention", f"batch {rows_at_once}, 32K", decode_attention_of, shapes, (0, 1, 2))
         rows += [(*decode, None, of), (*decode, "xla", of)]
+    masked = (*shapes, ((rows_at_once, 32768), "bool"))
+    rows += [("decode_attention", "batch 16, 32K, masked", decode_attention_of, masked, (0, 1, 2), None, BFLOAT16)]
     rows += [
         ("linear_log_prob", "4K tokens, D 2048, V 151936", linear_log_prob_of, head, (0, 1), "xla"),
     ]

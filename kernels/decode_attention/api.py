@@ -16,13 +16,14 @@ from rollax.kernels.flash_prefill.api import attend, scale_of
 
 TILE = {"pallas_tpu": 16, "interpret": 16, "pallas_mgpu": 64}  # rows of the smallest tile in every dtype
 BLOCKS = (512, 256, 128, 64, 32, 16)  # keys of a block: the largest that divides the cache
+MASKED = 128  # the smallest of them under a mask, whose entries lie side by side
 PROGRAMS = {"pallas_tpu": 2, "interpret": 2, "pallas_mgpu": 256}  # walks that keep a whole chip busy
 PART = 2048  # keys: shorter parts would spend more on merging than they gain
 
 
-def block_of(slots: int) -> int:
-    """Keys of a block of the kernels for a cache of so many slots; 0 where no block divides it."""
-    return next((block for block in BLOCKS if slots % block == 0), 0)
+def block_of(slots: int, least: int = BLOCKS[-1]) -> int:
+    """Keys of a block of the kernels, at least so many, for a cache of so many slots; 0 where none divides it."""
+    return next((block for block in BLOCKS if block >= least and slots % block == 0), 0)
 
 
 def parts_of(slots: int, rows: int, programs: int) -> int:
@@ -33,8 +34,11 @@ def parts_of(slots: int, rows: int, programs: int) -> int:
     return parts
 
 
-def by_kernel(q, k, v, length, scale: float, implementation: str):
-    """(out `[B, H, d]`, lse `[B, H]`) by the block-sparse operator; length int32 `[B]`, at most S."""
+def by_kernel(q, k, v, length, mask, scale: float, implementation: str):
+    """(out `[B, H, d]`, lse `[B, H]`) by the block-sparse operator; length int32 `[B]`, at most S.
+
+    mask: None, or bool `[B, S]`, which replaces positions: all rows of a tile are queries of one row of the batch.
+    """
     (B, H, d), (K, S) = q.shape, k.shape[1:3]
     g = H // K
     tile = -(-g // TILE[implementation]) * TILE[implementation]
@@ -49,10 +53,13 @@ def by_kernel(q, k, v, length, scale: float, implementation: str):
     index = jnp.minimum(jnp.arange(keys // block), jnp.maximum(count - 1, 0))[:, None]
     rows = jnp.pad(q.reshape(B, K, 1, g, d), ((0, 0), (0, 0), (0, 0), (0, tile - g), (0, 0)))
     rows = jnp.broadcast_to(rows, (B, K, parts, tile, d)).reshape(heads, tile, d)
+    if mask is not None:
+        mask = (mask & (jnp.arange(S) < length[:, None])).reshape(B, 1, parts, keys)
+        mask = jnp.broadcast_to(mask, (B, K, parts, keys)).reshape(heads, 1, keys)
     out, lse = attend(
         rows,
         *(x.reshape(heads, keys, d) for x in (k, v)),
-        *(index.astype(jnp.int32), count.astype(jnp.int32), inside - 1, inside),
+        *(index.astype(jnp.int32), count.astype(jnp.int32), inside - 1, inside, mask),
         tile=tile,
         block=block,
         group=tile,  # all rows stand at one position, the last
@@ -97,7 +104,7 @@ def decode_attention(
       q: `[B, H, d]`, already rotated; k, v: `[B, K, S, d]`, H a multiple of K; head h reads key head h // (H // K).
       length: integers `[B]` or one for all rows, may be traced: keys in use, the query's own included; beyond S it
         counts as S, below 0 as 0.
-      mask: bool `[B, S]`, further keys to hide where False, such as padding; not in the kernels.
+      mask: bool `[B, S]`, further keys to hide where False, such as padding.
       window: see no more than that many of the last keys, static; they are copied out of the cache first.
       scale: of the logits, static; None for d ** -0.5.
       return_lse: return the log-normalisers too, by which results over parts of a cache can be merged.
@@ -144,20 +151,19 @@ def decode_attention(
     elif chosen == "xla":
         out, lse = xla.attend(q, k, v, length, mask, scale)
     else:
-        out, lse = by_kernel(q, k, v, length, scale, chosen)
+        out, lse = by_kernel(q, k, v, length, mask, scale, chosen)
     return (out, lse) if return_lse else out
 
 
 def choose(implementation, q, k, mask, window, explain) -> str:
     """The implementation, see `rollax.kernels.backends.resolve`."""
     slots = k.shape[2] if window is None else min(window, k.shape[2])
-    block = block_of(slots)
+    least = BLOCKS[-1] if mask is None else MASKED
+    block = block_of(slots, least)
 
     def ask(kernels):
-        if mask is not None:
-            return "it takes no mask"
         if not block:
-            return f"the cache must have a multiple of {BLOCKS[-1]} slots, got {slots}"
+            return f"the cache must have a multiple of {least} slots{' under a mask' * (mask is not None)}, got {slots}"
         return kernels.refusal(q.dtype, k.dtype, q.shape[-1], max(TILE.values()), block)
 
     return backends.choose("decode_attention", flash_prefill.__package__, implementation, ask, explain=explain)

@@ -109,12 +109,16 @@ def test_nothing_beyond_the_length_counts():
         assert_same(run(q, *other, LENGTHS)[0], run(q, k, v, LENGTHS)[0], 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
 def test_masks_hide_keys(implementation):
-    q, k, v = arrays()
-    mask = jax.random.bernoulli(jax.random.key(1), 0.5, (B, S)).at[0].set(False)
-    out = decode_attention(q, k, v, LENGTHS, mask=mask, return_lse=True, implementation=implementation)
-    assert_same(out, definition(q, k, v, mask & (jnp.arange(S) < LENGTHS[:, None])), 2e-6)
+    slots = 256 if implementation == "interpret" else S  # whose blocks are at least 128 long
+    q, k, v = arrays(slots)
+    lengths = LENGTHS * slots // S
+    mask = jax.random.bernoulli(jax.random.key(1), 0.5, (B, slots)).at[0].set(False)
+    (_, out), gradients = value_and_grad(mask=mask, implementation=implementation)(q, k, v, lengths)
+    assert_same(out, definition(q, k, v, mask & (jnp.arange(slots) < lengths[:, None])), 2e-6)
+    _, expected = value_and_grad(mask=mask, implementation="reference")(q, k, v, lengths)
+    assert_same(gradients, expected, 5e-6)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +142,16 @@ def test_windows_and_masks_together():
     assert_same(out, definition(q, k, v, visible), 2e-6)
 
 
-def test_parts_of_a_long_cache_are_merged(monkeypatch):
-    args = (*arrays(128), jnp.array([37, 0, 128, 64]))
-    expected = value_and_grad(implementation="reference")(*args)
-    monkeypatch.setattr(api, "PART", 32)
+@pytest.mark.parametrize("masked", [False, True])
+def test_parts_of_a_long_cache_are_merged(masked, monkeypatch):
+    slots = 512 if masked else 128
+    args = (*arrays(slots), jnp.array([37, 0, 128, 64]) * slots // 128)
+    mask = jax.random.bernoulli(jax.random.key(1), 0.5, (B, slots)) if masked else None
+    expected = value_and_grad(mask=mask, implementation="reference")(*args)
+    monkeypatch.setattr(api, "PART", slots // 4)
     monkeypatch.setitem(api.PROGRAMS, "interpret", 4 * B * K)
-    assert api.parts_of(128, B * K, 4 * B * K) == 4
-    assert_same(value_and_grad(implementation="interpret")(*args), expected, 5e-6)
+    assert api.parts_of(slots, B * K, 4 * B * K) == 4
+    assert_same(value_and_grad(mask=mask, implementation="interpret")(*args), expected, 5e-6)
 
 
 def test_results_over_parts_merge_by_their_normalisers():
@@ -209,14 +216,20 @@ def test_the_tpu_interpreter_finds_no_race():
 def test_lowers_for_every_accelerator(kind, step):
     gpu = kind.startswith("NVIDIA")
     platform, implementation = ("gpu", "pallas_mgpu") if gpu else ("tpu", "pallas_tpu")
-    run = lambda *args: decode_attention(*args, implementation=implementation).astype("float32").sum()  # noqa: E731
     shapes = [jax.ShapeDtypeStruct(s, "bfloat16") for s in ((2, 8, 128), (2, 2, 4096, 128), (2, 2, 4096, 128))]
-    length = jax.ShapeDtypeStruct((2,), "int32")
+    length, mask = jax.ShapeDtypeStruct((2,), "int32"), jax.ShapeDtypeStruct((2, 4096), "bool")
+
+    def run(*args):
+        *args, mask = args
+        how = dict(implementation=implementation)
+        both = decode_attention(*args, **how) + decode_attention(*args, mask=mask, **how)
+        return both.astype("float32").sum()
+
     device = AbstractDevice(device_kind=kind, num_cores=132 if gpu else 1, platform=platform)
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        traced = jax.jit(run if step == "forward" else jax.grad(run, (0, 1, 2))).trace(*shapes, length)
+        traced = jax.jit(run if step == "forward" else jax.grad(run, (0, 1, 2))).trace(*shapes, length, mask)
         text = traced.lower(lowering_platforms=("cuda" if gpu else "tpu",)).as_text()
-    assert text.count("@mosaic_gpu" if gpu else "@tpu_custom_call") >= (1 if step == "forward" else 3)
+    assert text.count("@mosaic_gpu" if gpu else "@tpu_custom_call") >= (2 if step == "forward" else 6)
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(0, S), (B, 0)])
@@ -251,7 +264,10 @@ def test_explain_says_what_runs(capsys):
         ({"k": jnp.zeros((B, 0, S, D)), "v": jnp.zeros((B, 0, S, D))}, "multiple of k's, got 6 and 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"implementation": "fast"}, "implementation must be one of .* got 'fast'"),
-        ({"implementation": "interpret", "mask": jnp.ones((B, S), bool)}, "cannot take this: it takes no mask"),
+        (
+            {"implementation": "interpret", "mask": jnp.ones((B, S), bool)},
+            "a multiple of 128 slots under a mask, got 96",
+        ),
         ({"implementation": "interpret", "window": 33}, "a multiple of 16 slots, got 33"),
     ],
 )
