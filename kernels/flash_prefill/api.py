@@ -32,7 +32,7 @@ from rollax.kernels.flash_prefill.selection import (
     transpose_index,
 )
 
-MEANS_AT_ONCE = 128  # mean keys in a block of the correction's
+MEANS_AT_ONCE = 128  # the most keys of a block of mean keys; TPU kernels need multiples of it
 
 
 class PrefillStats(NamedTuple):
@@ -55,22 +55,23 @@ class Plan(NamedTuple):
 # The internal operator: backends behind custom_vjp, custom_vmap.
 
 
-def choose(operator: str, implementation: str | None, q, k, *, tile: int, block: int, lists: int = 1, **explaining):
+def choose(operator: str, implementation, q, k, *, tile, block, lists=1, correction=False, by_row=False, explain=False):
     """The implementation for `[S, H, D]` q and k, see `rollax.kernels.backends.resolve`.
 
-    lists: the longest list of blocks or tiles that there can be.
+    lists: the longest list of blocks or tiles that there can be; correction, by_row: whether there are blocks of mean
+    keys and row-normalised energies, which no kernel has.
     """
 
     def ask(kernels):
         how = dict(slots=lists, repeat=q.shape[1] // k.shape[1])
-        return kernels.refusal(q.dtype, k.dtype, q.shape[-1], tile, block, **how)
+        refusals = (
+            kernels.refusal(q.dtype, k.dtype, q.shape[-1], tile, size, **how)
+            for size in ((block, MEANS_AT_ONCE) if correction else (block,))
+        )
+        return next(filter(None, refusals), None)
 
-    return backends.choose(operator, __package__, implementation, ask, **explaining)
-
-
-def without_kernel(row_normalised: bool) -> list[str]:
-    """The parts of a call that no kernel has."""
-    return ["row-normalised energies"] if row_normalised else []
+    besides = ["row-normalised energies"] * by_row
+    return backends.choose(operator, __package__, implementation, ask, explain=explain, besides=besides)
 
 
 def folded(function):
@@ -221,10 +222,11 @@ def mean_attention(q, kbar, vbar, mask, plan: Plan):
     Args:
       q: `[H, R, D]`; kbar, vbar: `[HK, n, D]`; mask: bool `[H, R // tile, n]`.
     Returns:
-      (out `[H, R, D]`, lse `[H, R]`); 0 and -inf where the mask has no block.
+      (out `[H, R, D]` in q's dtype, lse `[H, R]`); 0 and -inf where the mask has no block.
     """
     H, n = q.shape[0], kbar.shape[1]
-    block = min(n, MEANS_AT_ONCE) if plan.implementation in ("reference", "xla") else MEANS_AT_ONCE
+    parts = -(-n // MEANS_AT_ONCE)
+    block = -(-n // parts) if plan.implementation in ("reference", "xla") else MEANS_AT_ONCE
     kbar, vbar = (jnp.pad(x.astype(q.dtype), ((0, 0), (0, -n % block), (0, 0))) for x in (kbar, vbar))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -n % block)))
     some = mask.reshape(*mask.shape[:2], -1, block).any(-1)
@@ -235,6 +237,7 @@ def mean_attention(q, kbar, vbar, mask, plan: Plan):
     return out, lse + math.log(plan.block)
 
 
+@jax.checkpoint  # what it forms is as large as out, and cheap
 def merge(out_a, lse_a, out_b, lse_b):
     """Softmax attention over the union of two disjoint sets of keys from that over each; -inf for an empty set."""
     lse_a, lse_b = (jnp.where(x > -jnp.inf, x, -1e30) for x in (lse_a, lse_b.astype(lse_a.dtype)))
@@ -345,7 +348,7 @@ def block_sparse_attention(
         raise ValueError("kbar and vbar must be given together")
     length = S if length is None else length
     check_count("length", length, S)
-    how = dict(tile=B, block=B, lists=n, explain=explain)
+    how = dict(tile=B, block=B, lists=n, correction=kbar is not None, explain=explain)
     chosen = choose("block_sparse_attention", implementation, q, k, **how)
     rows, means = head_major(valid_tokens(q, length), B), None
     if kbar is not None:
@@ -430,7 +433,7 @@ def flash_prefill(
     n = -(-S // B)
     length = S if length is None else length
     check_count("length", length, S)
-    how = dict(tile=B, block=B, lists=n, explain=explain, besides=without_kernel(cfg.row_normalised))
+    how = dict(tile=B, block=B, lists=n, correction=correction, by_row=cfg.row_normalised, explain=explain)
     chosen = choose("flash_prefill", implementation, q, k, **how)
     kbar = mean_pool(k, B, length)
     energy = block_energy(q, kbar, cfg, scale=scale, length=length, implementation=chosen)
@@ -550,7 +553,7 @@ def flash_prefill_packed(
     check_count("prefix", prefix, SK - tokens)
     tiles, n = -(-S * group // cfg.tile_rows), -(-SK // B)
     how = dict(tile=cfg.tile_rows, block=B, lists=max(tiles, n), explain=explain)
-    how |= dict(besides=without_kernel(cfg.row_normalised))
+    how |= dict(correction=correction, by_row=cfg.row_normalised)
     chosen = choose("flash_prefill_packed", implementation, q, k, **how)
     kbar = mean_pool(k, B, prefix + length)
     energy = packed_energy(q, kbar, cfg, prefix=prefix, length=length, scale=scale, implementation=chosen)

@@ -134,7 +134,10 @@ def hide(x, last_key, first_key, hidden, key_axis):
 
 
 def hider(seen, h, i, here, static):
-    """`hide(x, first_key, hidden)` for the rows `here` of tile i; `seen`: see `what_is_seen`."""
+    """A function (x, first key of x, hidden) that hides what the rows `here` of tile i do not see.
+
+    seen: see `what_is_seen`.
+    """
     if static.by_tile:
 
         def hide_by_tile(x, first_key, hidden):
@@ -144,6 +147,15 @@ def hider(seen, h, i, here, static):
         return hide_by_tile
     last_key = load(seen.at[h, here], PER_ROW)
     return lambda x, first_key, hidden: hide(x, last_key, first_key, hidden, key_axis=1)
+
+
+def hide_from_keys(x, seen, h, first_row, first_key, static):
+    """Logits x `[keys, rows]`, hidden where a row does not see a key."""
+    if static.by_tile:
+        listed = load(seen.at[h, lax.div(first_row, static.tile), pl.ds(first_key, x.shape[0])], PER_ROW)
+        return jnp.where(along(listed, x.shape, 0) > 0, x, HIDDEN)
+    last_key = load(seen.at[h, pl.ds(first_row, x.shape[1])], PER_COLUMN)
+    return hide(x, last_key, first_key, HIDDEN, key_axis=0)
 
 
 def produce(first, last, sources, buffers, full, consumed):
@@ -265,16 +277,20 @@ def last_visible(R, offset, length, group):
     return jnp.minimum(offset[:, None] + jnp.arange(R, dtype=jnp.int32) // group, length[:, None] - 1)
 
 
-def full_blocks(index, count, offset, length, *, tile, block, group):
-    """How many blocks at the head of each tile's list need no mask, `[H, R // tile]`."""
+def full_blocks(index, count, offset, length, mask, *, tile, block, group):
+    """How many blocks at the head of each tile's list are seen whole, `[H, R // tile]`; under a mask none counts."""
+    if mask is not None:
+        return jnp.zeros_like(count)
     first_position = offset[:, None] + jnp.arange(count.shape[1], dtype=jnp.int32) * tile // group
     end = jnp.minimum(first_position + 1, length[:, None])
     listed = jnp.arange(index.shape[-1]) < count[..., None]
     return jnp.sum(listed & ((index + 1) * block <= end[..., None]), axis=-1, dtype=jnp.int32)
 
 
-def masked_tiles(index_t, count_t, offset, length, *, tile, block, group):
-    """How many tiles at the head of each key block's list need a mask, `[H, S // block]`."""
+def masked_tiles(index_t, count_t, offset, length, mask, *, tile, block, group):
+    """How many tiles at the head of each key block's list may not see it whole, `[H, S // block]`."""
+    if mask is not None:
+        return count_t
     end = (jnp.arange(count_t.shape[1], dtype=jnp.int32) + 1) * block
     first_position = offset[:, None, None] + index_t * tile // group
     listed = jnp.arange(index_t.shape[-1]) < count_t[..., None]
@@ -301,7 +317,7 @@ def forward_kernel(q, k, v, index, count, full, seen, out, lse, buffers, *, stat
         q_own = q_buffer.at[w]
         own_staging = staging.at[w] if static.interpretable else None
         fetch((q.at[h, here], q_own, q_ready.at[w]))
-        hide = hider(seen, h, i, here, static)
+        hide_own = hider(seen, h, i, here, static)
 
         def step(n, carry, masked):
             total, mass, top = carry
@@ -310,7 +326,7 @@ def forward_kernel(q, k, v, index, count, full, seen, out, lse, buffers, *, stat
             x = product(q_own, transposed(kv_buffers[0].at[slot]), take_turns)
             plgpu.barrier_arrive(kv_consumed[0].at[slot])
             if masked:
-                x = hide(x, first_key(n), HIDDEN / to_bits)
+                x = hide_own(x, first_key(n), HIDDEN / to_bits)
             # The scale is applied to the maximum and within the exponent, where it costs no operation of its own.
             new_top = jnp.maximum(top, x.max(axis=1) * to_bits)
             p = jnp.exp2(x * to_bits - along(new_top, x.shape, 0))
@@ -361,7 +377,7 @@ def forward(q, k, v, index, count, offset, length, mask=None, *, tile, block, gr
     static = Static(tile, block, scale, H // k.shape[0], consumers_of(tile), mask is not None, interpretable)
     keys = at_once(block)
     sizes = dict(tile=tile, block=block, group=group)
-    full = full_blocks(index, count, offset, length, **sizes) if mask is None else jnp.zeros_like(count)
+    full = full_blocks(index, count, offset, length, mask, **sizes)
     buffers = (
         matrix(q.dtype, static.consumers, ROWS, D),
         (matrix(q.dtype, STAGES, keys, D),) * 2,
@@ -391,7 +407,7 @@ def dq_kernel(q, d_out, lse, delta, k, v, index, count, full, seen, dq, buffers,
         q_own, d_out_own, lse_own, delta_own = buffers
         own_staging = staging.at[w] if static.interpretable else None
         log_mass, shift = load(lse_own, PER_ROW), load(delta_own, PER_ROW)
-        hide = hider(seen, h, i, here, static)
+        hide_own = hider(seen, h, i, here, static)
 
         def step(n, total, masked):
             slot = lax.rem(n, STAGES)
@@ -399,7 +415,7 @@ def dq_kernel(q, d_out, lse, delta, k, v, index, count, full, seen, dq, buffers,
             plgpu.barrier_wait(kv_full[0].at[slot])
             x = product(q_own, transposed(keys)) * (static.scale * LOG2E)
             if masked:
-                x = hide(x, first_key(n), HIDDEN)
+                x = hide_own(x, first_key(n), HIDDEN)
             p = jnp.exp2(x - along(log_mass, x.shape, 0))
             plgpu.barrier_wait(kv_full[1].at[slot])
             ds = p * accumulate(along(-shift, x.shape, 0), d_out_own, transposed(values), static.interpretable)
@@ -431,13 +447,6 @@ def dkv_kernel(q, d_out, lse, delta, k, v, index, count, masked, seen, dk, dv, b
 
     def first_row(h, n):
         return index[h, j, lax.div(n, chunks)] * static.tile + lax.rem(n, chunks) * ROWS
-
-    def hide_keys(x, h, first_row, own):
-        if static.by_tile:
-            listed = load(seen.at[h, lax.div(first_row, static.tile), pl.ds(own, ROWS)], PER_ROW)
-            return jnp.where(along(listed, x.shape, 0) > 0, x, HIDDEN)
-        last_key = load(seen.at[h, pl.ds(first_row, ROWS)], PER_COLUMN)
-        return hide(x, last_key, own, HIDDEN, key_axis=0)
 
     def producer():
         def of_head(g, done):
@@ -471,7 +480,7 @@ def dkv_kernel(q, d_out, lse, delta, k, v, index, count, masked, seen, dk, dv, b
                 plgpu.barrier_wait(row_full[0].at[slot])
                 x = product(k_own, transposed(rows)) * (static.scale * LOG2E)
                 if masked:
-                    x = hide_keys(x, h, first_row(h, n - done), own)
+                    x = hide_from_keys(x, seen, h, first_row(h, n - done), own, static)
                 p = jnp.exp2(x - along(load(lse_rows, PER_COLUMN), x.shape, 1))
                 plgpu.barrier_wait(row_full[1].at[slot])
                 dv_total = accumulate(dv_total, operand(p, q.dtype, own_staging), d_rows, static.interpretable)
@@ -553,7 +562,7 @@ def backward(
     )
     result = jax.ShapeDtypeStruct(q.shape, dtype)
     kernel = launch(dq_kernel, result, buffers, static, head=H, part=R // (static.consumers * ROWS))
-    full = full_blocks(index, count, offset, length, **sizes) if mask is None else jnp.zeros_like(count)
+    full = full_blocks(index, count, offset, length, mask, **sizes)
     dq = kernel(q, d_out, log_mass, delta, k, v, index, count, full, seen_keys)
 
     static = static._replace(consumers=consumers_of(block))
@@ -566,7 +575,7 @@ def backward(
     )
     results = (jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype))
     kernel = launch(dkv_kernel, results, buffers, static, part=S // (static.consumers * ROWS), kv_head=HK)
-    masked = masked_tiles(index_t, count_t, offset, length, **sizes) if mask is None else count_t
+    masked = masked_tiles(index_t, count_t, offset, length, mask, **sizes)
     dk, dv = kernel(q, d_out, log_mass, delta, k, v, index_t, count_t, masked, seen_keys)
     return dq, dk, dv
 

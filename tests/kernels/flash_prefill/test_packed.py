@@ -162,6 +162,26 @@ def test_correction_is_exact_for_constant_blocks(implementation):
     np.testing.assert_allclose(corrected, dense, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_correction_over_several_blocks_of_means(implementation):
+    """134 blocks are more mean keys than the correction takes at once; exact, with its gradients, as above."""
+    q, k, v = random_qkv(seed=5, S=16, SK=1072)
+    k, v = (jnp.repeat(x[::8], 8, axis=0) for x in (k, v))
+
+    def results(cfg, implementation):
+        def loss(q, k, v):
+            out, stats = flash_prefill_packed(q, k, v, cfg, prefix=1056, implementation=implementation)
+            return jnp.sum(jnp.sin(out)), (out, stats.density)
+
+        (_, (out, density)), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return density, (out, *gradients)
+
+    (density, actual), (_, expected) = results(SPARSE, implementation), results(DENSE, "reference")
+    assert density < 0.2
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
+
+
 def test_later_tiles_never_matter():
     """4 positions a tile (2 heads of a key head): changes from position 16 on leave the outputs before bit for bit."""
     first, second = (random_qkv(seed=seed, S=32, SK=32, HQ=4) for seed in (2, 3))
