@@ -380,25 +380,27 @@ def make_train(config: Config, base: dict) -> Train:
         def success(world, lesson):
             played = play_tasks(key, model, state.params["policy"], bench.make(world=world), task, lesson)
             active = played.info["active"]
-            return at_the_end(played.info["won"], active), played
+            return at_the_end(played.info["won"], active), played.tokens
 
         nothing = jnp.full((task.size, 2), NO_LESSON)
         index, found = table_retrieve(near, state.memory, 1, alpha=n.alpha, kappa=0.0)
         lesson = jnp.where(found, numbered_lesson(index[:, 0] % lessons, *level), NO_LESSON)
-        alone, played = success(world, nothing)
-        helped, _ = success(world, lesson[task])
         harder = bench.draw(jax.random.fold_in(state.key, 2**22), MAX_FIRST, MAX_SECOND)
         true = jnp.stack([harder.facts.first, harder.facts.second], axis=1)[harder.name][task]
         right = true + jnp.asarray([1, 1 + 2 * MAX_FIRST])  # IS_FIRST, IS_SECOND
+        # One program for all four, since its compilation is most of what an evaluation costs.
+        worlds = jax.tree.map(lambda a, b: jnp.stack([a, a, b, b]), world, harder)
+        won, tokens = jax.vmap(success)(worlds, jnp.stack([nothing, lesson[task], nothing, right]))
+        alone, helped, elsewhere, told = won
         used = state.memory.used
-        ways = played.tokens.reshape(task.size, turns, columns)[..., -1] @ (31 ** jnp.arange(turns))
+        ways = tokens[0].reshape(task.size, turns, columns)[..., -1] @ (31 ** jnp.arange(turns))
         ways = jnp.sort(jnp.where(alone, ways, -1))
         often = (used & (state.memory.count > 16)).sum()  # more than 15 uses: the count begins at 1
         return {
             "memory off": alone.mean(dtype=jnp.float32),
             "memory on": helped.mean(dtype=jnp.float32),
-            "elsewhere": success(harder, nothing)[0].mean(dtype=jnp.float32),
-            "elsewhere, told": success(harder, right)[0].mean(dtype=jnp.float32),
+            "elsewhere": elsewhere.mean(dtype=jnp.float32),
+            "elsewhere, told": told.mean(dtype=jnp.float32),
             "ways to win": ((jnp.diff(ways) != 0).sum() + 1 - (~alone).any()).astype(jnp.float32),
             "used often": often.astype(jnp.float32),
             "share used often": often / jnp.maximum(used.sum(), 1),

@@ -480,7 +480,7 @@ def flash_prefill_varlen(q, k, v, cu_seqlens, cfg: FlashPrefillConfig, *, max_se
         check_number("the longest sequence of cu_seqlens", lengths.max(), 0, max_seqlen)
     place = jnp.arange(max_seqlen)
     rows = jnp.where(place < lengths[:, None], cu_seqlens[:-1, None] + place, tokens)
-    padded = (x.at[rows].get(mode="fill", fill_value=0) for x in (q, k, v))
+    padded = (jnp.asarray(x).at[rows].get(mode="fill", fill_value=0) for x in (q, k, v))
     prefill = lambda q, k, v, length: flash_prefill(q, k, v, cfg, length=length, **options)  # noqa: E731
     out, stats = jax.vmap(prefill)(*padded, jnp.minimum(lengths, max_seqlen))
     stats = stats._replace(overflow=stats.overflow | (lengths > max_seqlen))

@@ -16,6 +16,8 @@ from rollax.kernels.flash_prefill import (
     flash_prefill_packed,
     mean_pool,
     packed_energy,
+    pallas_tpu,
+    pallas_tpu_walk,
     score,
     select_packed,
     selection,
@@ -31,6 +33,13 @@ SPARSE = PackedPrefillConfig(alpha=1.0, block_size=8, tile_rows=8, sink_blocks=0
 run = jax.jit(
     flash_prefill_packed, static_argnames=("cfg", "slots", "correction", "dense_on_overflow", "implementation")
 )
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Several steps a row of the interpreted kernels, and several tiles: bodies that are quick to compile."""
+    monkeypatch.setattr(pallas_tpu_walk, "STEP_LENGTH", 128)
+    monkeypatch.setattr(pallas_tpu, "ENERGY_TILES", 2)
 
 
 def case_of(name):
@@ -116,9 +125,8 @@ def test_correction_halves_the_golden_errors():
 
 
 def random_qkv(seed=0, S=24, SK=48, HQ=6, HK=2, D=8, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = ((S, HQ, D), (SK, HK, D), (SK, HK, D))
-    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    draw = np.random.default_rng(seed)  # NumPy has no program to compile for every shape
+    return tuple(draw.normal(size=shape).astype(dtype) for shape in ((S, HQ, D), (SK, HK, D), (SK, HK, D)))
 
 
 @pytest.mark.parametrize("implementation", [SLOW_REFERENCE, *IMPLEMENTATIONS[1:]])
@@ -133,9 +141,9 @@ def test_chunks_of_a_prompt_are_the_prompt(implementation):
     for start in (0, 20, 40):
         length = min(size, 48 - start)
         # Rows beyond the length and keys beyond the prompt hold anything.
-        chunk = jnp.pad(q[start : start + length], ((0, size - length), (0, 0), (0, 0)), constant_values=9)
+        chunk = np.pad(q[start : start + length], ((0, size - length), (0, 0), (0, 0)), constant_values=9)
         keys, values = (
-            jnp.pad(x[: start + length], ((0, 60 - start - length), (0, 0), (0, 0)), constant_values=9) for x in (k, v)
+            np.pad(x[: start + length], ((0, 60 - start - length), (0, 0), (0, 0)), constant_values=9) for x in (k, v)
         )
         out, _ = run(chunk, keys, values, DENSE, prefix=start, length=length, implementation=implementation)
         np.testing.assert_allclose(out[:length], expected[start : start + length], rtol=0, atol=5e-6)
@@ -154,7 +162,7 @@ def test_the_last_chunk_may_be_padded():
 @pytest.mark.parametrize("implementation", [SLOW_REFERENCE, *IMPLEMENTATIONS[1:]])
 def test_correction_is_exact_for_constant_blocks(implementation):
     q, k, v = random_qkv(seed=1)
-    k, v = (jnp.repeat(x[::8], 8, axis=0) for x in (k, v))
+    k, v = (np.repeat(x[::8], 8, axis=0) for x in (k, v))
     dense, _ = run(q, k, v, DENSE, prefix=24, implementation=implementation)
     sparse, stats = run(q, k, v, SPARSE, prefix=24, correction=False, implementation=implementation)
     corrected, _ = run(q, k, v, SPARSE, prefix=24, implementation=implementation)
@@ -166,7 +174,7 @@ def test_correction_is_exact_for_constant_blocks(implementation):
 def test_correction_over_several_blocks_of_means(implementation):
     """134 blocks are more mean keys than the correction takes at once; exact, with its gradients, as above."""
     q, k, v = random_qkv(seed=5, S=16, SK=1072)
-    k, v = (jnp.repeat(x[::8], 8, axis=0) for x in (k, v))
+    k, v = (np.repeat(x[::8], 8, axis=0) for x in (k, v))
 
     def results(cfg, implementation):
         def loss(q, k, v):
@@ -185,7 +193,7 @@ def test_correction_over_several_blocks_of_means(implementation):
 def test_later_tiles_never_matter():
     """4 positions a tile (2 heads of a key head): changes from position 16 on leave the outputs before bit for bit."""
     first, second = (random_qkv(seed=seed, S=32, SK=32, HQ=4) for seed in (2, 3))
-    mixed = tuple(jnp.concatenate([a[:16], b[16:]]) for a, b in zip(first, second, strict=True))
+    mixed = tuple(np.concatenate([a[:16], b[16:]]) for a, b in zip(first, second, strict=True))
     a, b = (run(*x, SPARSE)[0] for x in (first, mixed))
     np.testing.assert_array_equal(a[:16], b[:16])
     assert (a[16:] != b[16:]).all(axis=(1, 2)).all()

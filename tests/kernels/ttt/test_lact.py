@@ -26,19 +26,17 @@ def float64():
 
 
 def weights(seed=0, heads=H, width=D, hidden=WIDE):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    normal = lambda key, rows, columns: jax.random.normal(key, (heads, rows, columns)) / columns**0.5  # noqa: E731
-    return ttt.FastWeights(
-        normal(keys[0], hidden, width), normal(keys[1], width, hidden), normal(keys[2], hidden, width)
-    )
+    draw = np.random.default_rng([seed, 0])  # NumPy has no program to compile for every shape
+    normal = lambda rows, columns: draw.normal(size=(heads, rows, columns)) / columns**0.5  # noqa: E731
+    return ttt.FastWeights(normal(hidden, width), normal(width, hidden), normal(hidden, width))
 
 
 def stream(length, seed=1, rows=B, heads=H, width=D):
     """(q, k, v, lr, mom)."""
-    keys = jax.random.split(jax.random.key(seed), 5)
-    q, k, v = (jax.random.normal(key, (rows, heads, length, width)) for key in keys[:3])
-    lr = jax.nn.softplus(jax.random.normal(keys[3], (rows, heads, length, 3)))
-    return q, k, v, lr, jax.nn.sigmoid(jax.random.normal(keys[4], (rows, heads, length)))
+    draw = np.random.default_rng([seed, 1])
+    q, k, v = draw.normal(size=(3, rows, heads, length, width))
+    lr = np.logaddexp(draw.normal(size=(rows, heads, length, 3)), 0)
+    return q, k, v, lr, 1 / (1 + np.exp(draw.normal(size=(rows, heads, length))))
 
 
 def cut(x, start, end):
@@ -62,8 +60,8 @@ def test_prefixes():
         close(scan(w, *cut(x, 0, length), chunk=C, rule=MUON)[0], out[:, :, :length])
     noise = stream(17, seed=9)
     for t in range(17):
-        later = jnp.arange(17) >= t
-        changed = [jnp.where(later.reshape(-1, *[1] * (a.ndim - 3)), b, a) for a, b in zip(x, noise, strict=True)]
+        later = np.arange(17) >= t
+        changed = [np.where(later.reshape(-1, *[1] * (a.ndim - 3)), b, a) for a, b in zip(x, noise, strict=True)]
         other, _ = scan(w, *changed, chunk=C, rule=MUON)
         close(other[:, :, :t], out[:, :, :t])
         assert not np.allclose(other[:, :, t], out[:, :, t])
@@ -81,17 +79,17 @@ def test_any_slicing(rule):
             out, state = step(state, *cut(x, at, at + size), chunk=C, rule=rule)
             pieces.append(out)
             at += size
-        close((jnp.concatenate(pieces, 2), state), expected)
+        close((np.concatenate(pieces, 2), state), expected)
     whole, state = step(ttt.lact_init(w, batch=B, chunk=C, rule=rule, dtype=x[0].dtype), *x, chunk=C, rule=rule)
     close((whole, state), expected)
-    nothing, unchanged = ttt.lact_step(state, *cut(x, 0, 0), chunk=C, rule=rule)
+    nothing, unchanged = step(state, *cut(x, 0, 0), chunk=C, rule=rule)
     assert nothing.shape == (B, H, 0, D)
     close(unchanged, state, 0)
     # A state of the scan, pending tokens included, is one to go on from.
     first, state = scan(w, *cut(x, 0, 13), chunk=C, rule=rule)
     np.testing.assert_array_equal(state.n_buf, [3, 3])
     second, state = step(state, *cut(x, 13, 20), chunk=C, rule=rule)
-    close((jnp.concatenate([first, second], 2), state), expected)
+    close((np.concatenate([first, second], 2), state), expected)
 
 
 def test_streams_at_different_places_and_resets():
@@ -99,12 +97,12 @@ def test_streams_at_different_places_and_resets():
     expected, _ = scan(w, *x, chunk=C, rule=MUON)
     states = [scan(w, *cut(x, 0, length), chunk=C, rule=MUON)[1] for length in (4, 12)]
     mixed = jax.tree.map(lambda a, b: jnp.stack([a[0], b[1]]), *states)
-    pieces = tuple(jnp.stack([a[0, :, 4:11], a[1, :, 12:19]]) for a in x)
+    pieces = tuple(np.stack([a[0, :, 4:11], a[1, :, 12:19]]) for a in x)
     out, state = step(mixed, *pieces, chunk=C, rule=MUON)
     np.testing.assert_array_equal(state.n_buf, [1, 4])
     close((out[0], out[1]), (expected[0, :, 4:11], expected[1, :, 12:19]))
     again = ttt.lact_reset(state, w, jnp.asarray([True, False]), rule=MUON)
-    out, _ = step(again, *(jnp.stack([a[0, :, :1], a[1, :, 19:]]) for a in x), chunk=C, rule=MUON)
+    out, _ = step(again, *(np.stack([a[0, :, :1], a[1, :, 19:]]) for a in x), chunk=C, rule=MUON)
     close((out[0], out[1]), (expected[0, :, :1], expected[1, :, 19:]))
 
 
@@ -129,7 +127,7 @@ PACKED = [[0] * 13 + [7] * 4 + [-1] * 8 + [3] * 5, [-1] * 3 + [1] * 5 + [2] * 13
 def test_packing(rule):
     rule, ids, w = RULES[rule], np.asarray(PACKED), weights()
     L = ids.shape[1]
-    x, cotangent = stream(L), jax.random.normal(jax.random.key(5), (B, H, L, D))
+    x, cotangent = stream(L), np.random.default_rng(5).normal(size=(B, H, L, D))
 
     def gradient(w, x, cotangent, ids=None):
         run = lambda w, x: ttt.lact_scan(w, *x, chunk=C, rule=rule, segment_ids=ids, checkpoint_every=2)  # noqa: E731
@@ -138,7 +136,8 @@ def test_packing(rule):
 
     out, state, (dw, dx) = jax.jit(gradient)(w, x, cotangent, ids)
     apart = jax.jit(gradient)
-    total = jax.tree.map(jnp.zeros_like, w)
+    out, state, dx = jax.device_get((out, state, dx))
+    total = jax.tree.map(np.zeros_like, w)
     for row in range(B):
         assert np.all(out[row][:, ids[row] < 0] == 0)
         for a in jax.tree.leaves(dx):
@@ -149,7 +148,7 @@ def test_packing(rule):
             one, last, (one_dw, one_dx) = apart(w, tuple(map(pick, x)), pick(cotangent))
             close(pick(out), one)
             close(tuple(map(pick, dx)), one_dx, 1e-8)
-            total = jax.tree.map(jnp.add, total, one_dw)
+            total = jax.tree.map(np.add, total, one_dw)
             if i == ids[row][ids[row] >= 0][-1]:
                 close(jax.tree.map(lambda a, row=row: a[row : row + 1], state), last)
     close(dw, total, 1e-8)
@@ -165,7 +164,7 @@ def test_short_sequences_learn_nothing():
     w, x = weights(), stream(C)
     out, _ = scan(w, *x, chunk=C)
     close(out, ttt.lact_apply(w, x[0]))
-    gradients = jax.grad(lambda *x: ttt.lact_scan(w, *x, chunk=C)[0].sum(), argnums=(1, 2, 3, 4))(*x)
+    gradients = jax.jit(jax.grad(lambda *x: ttt.lact_scan(w, *x, chunk=C)[0].sum(), argnums=(1, 2, 3, 4)))(*x)
     assert all(np.all(g == 0) for g in gradients)
 
 
@@ -217,7 +216,7 @@ def test_update_then_apply_is_its_segments():
     w, x = weights(), stream(13)
     out, state = scan(w, *x, chunk=C, rule=MUON, order="update_apply")
     segments = [(0, C, 1, 1), (C, 2 * C, 1, 1), (2 * C, 13, 1, 1)]
-    close((out, state.w), ttt.lact_segments(w, *x, segments=segments, rule=MUON))
+    close((out, state.w), jax.jit(partial(ttt.lact_segments, segments=segments, rule=MUON))(w, *x))
     assert np.all(state.n_buf == 0)
 
 
@@ -276,23 +275,24 @@ def test_states_are_computed_again():
 
 def test_vmap_and_shard_map():
     w, x = weights(), stream(9, rows=4)
-    loss = lambda w, x: jnp.sum(jnp.sin(ttt.lact_scan(w, *x, chunk=C, rule=MUON)[0]))  # noqa: E731
-    gradient = jax.grad(loss, argnums=(0, 1))
-    value, (dw, dx) = jax.jit(lambda w, x: (ttt.lact_scan(w, *x, chunk=C), gradient(w, x)))(w, x)
+
+    def loss(w, x):
+        value = ttt.lact_scan(w, *x, chunk=C)
+        return jnp.sum(jnp.sin(value[0])), value
+
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (dw, dx), value = jax.jit(gradient)(w, x)
     mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(4, 2), ("batch", "heads"))
     tokens, heads = P("batch", "heads"), P("heads")
     states = jax.tree.map(lambda a: P("batch") if a.ndim == 1 else tokens, value[1])
 
-    def local(w, x):
-        return ttt.lact_scan(w, *x, chunk=C), gradient(w, x)  # summed over the devices that share the weights
-
     in_specs = (jax.tree.map(lambda _: heads, w), (tokens,) * 5)
-    out_specs = ((tokens, states), in_specs)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    close(jax.jit(sharded)(w, x), (value, (dw, dx)))
+    out_specs = (in_specs, (tokens, states))  # gradients are summed over the devices that share the weights
+    sharded = jax.shard_map(lambda w, x: gradient(w, x), mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    close(jax.jit(sharded)(w, x), ((dw, dx), value))
 
-    models = jax.tree.map(lambda *a: jnp.stack(a), w, weights(8))
-    together = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(models, x)
+    models = jax.tree.map(lambda *a: np.stack(a), w, weights(8))
+    together, _ = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(models, x)
     close(jax.tree.map(lambda a: a[0], together), (dw, dx))
 
 

@@ -30,27 +30,35 @@ def interpreted(function, *args):
         return jax.block_until_ready(function(*args))
 
 
-def normal(key, *shape, dtype=jnp.float32, scale=1.0):
-    return (scale * jax.random.normal(jax.random.key(key), shape)).astype(dtype)
+def normal(seed, *shape, dtype=jnp.float32, scale=1.0):
+    """From NumPy, which has no program to compile for every shape."""
+    return jnp.asarray((scale * np.random.default_rng(seed).normal(size=shape)).astype(dtype))
 
 
 def assert_close(got, want, tolerance=OF_LARGEST):
     got, want = jax.tree.leaves(got), jax.tree.leaves(want)
     assert len(got) == len(want)
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
-        x, y = (np.asarray(a.astype(jnp.float32)) for a in (x, y))
+        x, y = (np.asarray(a, np.float32) for a in (x, y))
         assert x.shape == y.shape
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=f"array {i}")
 
 
 def in_float32(args):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), args)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), args)
+
+
+@partial(jax.jit, static_argnums=0)
+def out_and_pull(function, args, cotangents):
+    """A function's outputs, and its gradients where these are the cotangents."""
+    out, pull = jax.vjp(function, *args)
+    return out, pull(cotangents)
 
 
 def lact_inputs(N=1, C=100, d=256, h=64, dtype=jnp.bfloat16):
     """(w0, w1, w2), (k, v), lr, (cotangent of the output, cotangents of the gradients)."""
     w = [normal(i, N, *shape, scale=shape[1] ** -0.5) for i, shape in enumerate(((h, d), (d, h), (h, d)))]
-    w = [x.astype(dtype).astype(jnp.float32) for x in w]  # weights that both sides hold exactly
+    w = in_float32([np.asarray(x).astype(dtype) for x in w])  # weights that both sides hold exactly
     k, v, d_out = (normal(3 + i, N, C, d, dtype=dtype) for i in range(3))
     lr = jax.nn.softplus(normal(6, N, C, 3))
     return w, (k, v), lr, (d_out, [normal(7 + i, *x.shape) for i, x in enumerate(w)])
@@ -58,12 +66,12 @@ def lact_inputs(N=1, C=100, d=256, h=64, dtype=jnp.bfloat16):
 
 def check_lact(run, **shapes):
     w, (k, v), lr, (d_out, d_grads) = lact_inputs(**shapes)
-    out, pull = jax.vjp(reference.lact_apply, *w, in_float32(k))
+    out, pulled = out_and_pull(reference.lact_apply, (*w, in_float32(k)), in_float32(d_out))
     assert_close(run(pallas_mgpu.lact_apply, *w, k), out)
-    assert_close(run(pallas_mgpu.lact_apply_backward, *w, k, d_out), pull(in_float32(d_out)))
-    grads, pull = jax.vjp(reference.lact_grads, *w, *in_float32((k, v)), lr)
+    assert_close(run(pallas_mgpu.lact_apply_backward, *w, k, d_out), pulled)
+    grads, pulled = out_and_pull(reference.lact_grads, (*w, *in_float32((k, v)), lr), tuple(d_grads))
     assert_close(run(pallas_mgpu.lact_grads, *w, k, v, lr), grads)
-    assert_close(run(pallas_mgpu.lact_grads_backward, *w, k, v, lr, *d_grads), pull(tuple(d_grads)))
+    assert_close(run(pallas_mgpu.lact_grads_backward, *w, k, v, lr, *d_grads), pulled)
 
 
 def ttt_inputs(K, n, N=1, units=None, dtype=jnp.bfloat16):
@@ -81,14 +89,14 @@ def ttt_inputs(K, n, N=1, units=None, dtype=jnp.bfloat16):
 def check_ttt(run, K, n, group, N=1, units=None, dtype=jnp.bfloat16):
     args, cotangents = ttt_inputs(K, n, N, units, dtype)
     close = partial(assert_close, tolerance=FLOAT16 if dtype == jnp.float16 else OF_LARGEST)
-    want, pull = jax.vjp(partial(reference.ttt_scan, mini_batch=K), *in_float32(args))
+    want, pulled = out_and_pull(partial(reference.ttt_scan, mini_batch=K), in_float32(args), in_float32(cotangents))
     out, final, borders = run(partial(pallas_mgpu.ttt_forward, mini_batch=K, group=group), *args)
     close((out, final), want)
     learned = lambda params: jax.tree.map(jnp.subtract, tuple(params), args[5])  # noqa: E731
     assert jnp.abs(learned(want[1])[0]).max() > 0.05 * jnp.abs(args[5][0]).max()  # or the next line would say nothing
     close(learned(final), learned(want[1]))
     got = run(partial(pallas_mgpu.ttt_backward, mini_batch=K, group=group), *args, borders, *cotangents)
-    close(got, pull(in_float32(cotangents)))
+    close(got, pulled)
 
 
 def test_epilogues_are_the_gate_and_its_gradients():
@@ -115,13 +123,12 @@ def check_newton_schulz(run, *shape, coeffs=MUON5):
     `python -m pytest -n 0 -s -m slow tests/kernels/ttt/test_pallas_mgpu.py -k newton_schulz_shapes` prints by how much.
     """
     g, d_out = normal(0, *shape), normal(1, *shape)
-    want, pull = jax.vjp(partial(newton_schulz, coeffs=coeffs), g)
+    want, (d_want,) = out_and_pull(partial(newton_schulz, coeffs=coeffs), (g,), d_out)
     static = dict(coeffs=coeffs, dtype="bfloat16")
     out = run(partial(pallas_mgpu.newton_schulz, **static), g)
     d_g = run(partial(pallas_mgpu.newton_schulz_backward, **static), g, d_out)
-    in_xla, pull_xla = jax.vjp(partial(newton_schulz, implementation="xla", **static), g)
+    in_xla, (d_xla,) = out_and_pull(partial(newton_schulz, implementation="xla", **static), (g,), d_out)
     off = lambda x, y: float(jnp.abs(x - y).max() / jnp.abs(y).max())  # noqa: E731
-    (d_want,), (d_xla,) = pull(d_out), pull_xla(d_out)
     print(
         f"\n{shape}, of the largest entry: kernel off by {off(out, want):.2%}, its gradient by {off(d_g, d_want):.2%}"
     )
@@ -167,8 +174,8 @@ def test_newton_schulz_interpreted():
     out, pull = interpreted(partial(jax.vjp, run), g)
     (d_g,) = interpreted(pull, d_out)
     assert out.dtype == d_g.dtype == g.dtype
-    want, pull = jax.vjp(partial(newton_schulz, coeffs=MUON5[:2]), g)
-    assert_close((out, d_g), (want, *pull(d_out)))
+    want, (d_want,) = out_and_pull(partial(newton_schulz, coeffs=MUON5[:2]), (g,), d_out)
+    assert_close((out, d_g), (want, d_want))
 
 
 @needs_interpreter

@@ -32,6 +32,13 @@ def normal(key, *shape, dtype=jnp.float32, scale=1.0):
     return (scale * jax.random.normal(jax.random.key(key), shape)).astype(dtype)
 
 
+@partial(jax.jit, static_argnums=0)
+def out_and_pull(function, args, cotangents):
+    """A function's outputs, and its gradients where these are the cotangents."""
+    out, pull = jax.vjp(function, *args)
+    return out, pull(cotangents)
+
+
 def assert_close(got, want, dtype=jnp.float32):
     got, want = jax.tree.leaves(got), jax.tree.leaves(want)
     assert len(got) == len(want)
@@ -138,15 +145,15 @@ def lact_inputs(N, C, d, h, dtype=jnp.float32):
 def check_lact(static, dtype=jnp.float32, **shapes):
     w, (k, v), lr, d_out, d_grads = lact_inputs(dtype=dtype, **shapes)
     wide_k, wide_v, wide_d = (x.astype(jnp.float32) for x in (k, v, d_out))
-    out, pull_out = jax.vjp(reference.lact_apply, *w, wide_k)
-    grads, pull_grads = jax.vjp(reference.lact_grads, *w, wide_k, wide_v, lr)
+    read = out_and_pull(reference.lact_apply, (*w, wide_k), wide_d)
+    grads, pulled = out_and_pull(reference.lact_grads, (*w, wide_k, wide_v, lr), tuple(d_grads))
     got = pallas_tpu.lact_apply(*w, k, **static), pallas_tpu.lact_apply_backward(*w, k, d_out, **static)
-    assert_close(got, (out, pull_out(wide_d)), dtype)
+    assert_close(got, read, dtype)
     assert got[0].dtype == dtype and got[1][0].dtype == jnp.float32
     got = pallas_tpu.lact_grads(*w, k, v, lr, **static)
     assert_close(got, grads, dtype)
     got = pallas_tpu.lact_grads_backward(*w, k, v, lr, *d_grads, **static)
-    assert_close(got, pull_grads(tuple(d_grads)), dtype)
+    assert_close(got, pulled, dtype)
 
 
 def test_lact(tpu):
@@ -161,10 +168,9 @@ def test_lact_in_bfloat16():
 def test_newton_schulz(tpu):
     """Two blocks of rows; a zero matrix has a finite gradient."""
     g, d_out = normal(0, 2, 144, 152).at[1].set(0), normal(1, 2, 144, 152)
-    out, pull = jax.vjp(ttt.newton_schulz, g)
+    out, (want,) = out_and_pull(ttt.newton_schulz, (g,), d_out)
     static = dict(coeffs=ttt.MUON5, interpret=tpu)
     assert_close(pallas_tpu.newton_schulz(g, **static), out)
-    (want,) = pull(d_out)
     got = pallas_tpu.newton_schulz_backward(g, d_out, **static)
     for i in range(2):  # the zero matrix's gradient is 10^7 times the other's
         assert_close(got[i], want[i])

@@ -46,7 +46,8 @@ def test_banded_is_dense(inputs, window):
 
 def test_reach_is_exact(inputs):
     q, k, v = inputs
-    moved = jax.jacobian(lambda v: sliding_window_attention(q, k, v, window=4)[0, 0].sum(-1))(v)[:, 0, 0].sum(-1)
+    read = lambda v: sliding_window_attention(q, k, v, window=4)[0, 0].sum(-1)  # noqa: E731
+    moved = jax.jit(jax.jacobian(read))(v)[:, 0, 0].sum(-1)
     age = jnp.arange(L)[:, None] - jnp.arange(L)
     np.testing.assert_array_equal(moved != 0, (age >= 0) & (age < 4))
 
@@ -61,8 +62,8 @@ def test_memory_is_linear():
 
 
 def test_vmap_and_bfloat16(inputs):
-    f = lambda q, k, v: sliding_window_attention(q, k, v, window=3)  # noqa: E731
-    together = jax.vmap(f)(*(jnp.stack([x, 2 * x]) for x in inputs))
+    f = jax.jit(lambda q, k, v: sliding_window_attention(q, k, v, window=3))
+    together = jax.jit(jax.vmap(f))(*(jnp.stack([x, 2 * x]) for x in inputs))
     np.testing.assert_allclose(together[1], f(*(2 * x for x in inputs)), rtol=1e-5, atol=1e-6)
     narrow = f(*(x.astype(jnp.bfloat16) for x in inputs))
     assert narrow.dtype == jnp.bfloat16
