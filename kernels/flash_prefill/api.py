@@ -214,30 +214,29 @@ def scale_of(scale: float | None, width: int) -> float:
 # Zero-order mean correction.
 
 
-def mean_attention(q, kbar, vbar, mask, plan: Plan):
-    """Attention over the blocks of `mask`, each as `plan.block` copies of its mean key and value (arXiv 2608.19758).
+class Means(NamedTuple):
+    """The arguments of `attend` for the correction: mean keys are keys like others, in blocks of their own.
 
-    Mean keys are keys like others, in blocks of their own, and the mask takes the place of positions.
-
-    Args:
-      q: `[H, R, D]`; kbar, vbar: `[HK, n, D]`; mask: bool `[H, R // tile, n]`.
-    Returns:
-      (out `[H, R, D]` in q's dtype, lse `[H, R]`); 0 and -inf where the mask has no block.
+    kbar, vbar: `[HK, n', D]`; listed: index, count, offset, length and mask, which takes the place of positions.
     """
+
+    kbar: jax.Array
+    vbar: jax.Array
+    listed: tuple
+
+
+def mean_blocks(q, kbar, vbar, mask, plan: Plan) -> tuple[Means, Plan]:
+    """The pass over mean keys `[HK, n, D]` and values for the blocks of `mask`, bool `[H, R // tile, n]`."""
     H, n = q.shape[0], kbar.shape[1]
     parts = -(-n // MEANS_AT_ONCE)
     block = -(-n // parts) if plan.implementation in ("reference", "xla") else MEANS_AT_ONCE
     kbar, vbar = (jnp.pad(x.astype(q.dtype), ((0, 0), (0, -n % block), (0, 0))) for x in (kbar, vbar))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -n % block)))
     some = mask.reshape(*mask.shape[:2], -1, block).any(-1)
-    lists = compact_index(some, some.shape[-1])
-    unused = jnp.zeros(H, jnp.int32)
-    how = plan._replace(block=block)._asdict()
-    out, lse = attend(q, kbar, vbar, lists.index, lists.count, unused, unused, mask, **how)
-    return out, lse + math.log(plan.block)
+    lists, unused = compact_index(some, some.shape[-1]), jnp.zeros(H, jnp.int32)
+    return Means(kbar, vbar, (lists.index, lists.count, unused, unused, mask)), plan._replace(block=block)
 
 
-@jax.checkpoint  # what it forms is as large as out, and cheap
 def merge(out_a, lse_a, out_b, lse_b):
     """Softmax attention over the union of two disjoint sets of keys from that over each; -inf for an empty set."""
     lse_a, lse_b = (jnp.where(x > -jnp.inf, x, -1e30) for x in (lse_a, lse_b.astype(lse_a.dtype)))
@@ -245,6 +244,34 @@ def merge(out_a, lse_a, out_b, lse_b):
     weighted = lambda out, part: out.astype(lse.dtype) * jnp.exp(part - lse)[..., None]  # noqa: E731
     some = lse > -1e29
     return (weighted(out_a, lse_a) + weighted(out_b, lse_b)).astype(out_a.dtype), jnp.where(some, lse, -jnp.inf)
+
+
+def attend_corrected_by_parts(plans, q, k, v, means: Means, *listed):
+    """Attention over the keys of `listed` and, as `block` copies each, over the means; arguments as for `attend`."""
+    plan, of_means = plans
+    out, lse = attend(q, k, v, *listed, **plan._asdict())
+    mean_out, mean_lse = attend(q, means.kbar, means.vbar, *means.listed, **of_means._asdict())
+    return merge(out, lse, mean_out, mean_lse + math.log(plan.block))
+
+
+# One softmax over both sets: its output and normaliser are all that either backward pass needs.
+attend_corrected = jax.custom_vjp(attend_corrected_by_parts, nondiff_argnums=(0,))
+
+
+def attend_corrected_forward(plans, q, k, v, means, *listed):
+    out, lse = attend_corrected_by_parts(plans, q, k, v, means, *listed)
+    return (out, lse), (q, k, v, means, out, lse, listed)
+
+
+def attend_corrected_backward(plans, saved, cotangents):
+    (plan, of_means), (q, k, v, means, out, lse, listed) = plans, saved
+    dq, dk, dv, *_ = attend_backward(plan, (q, k, v, out, lse, *listed), cotangents)
+    of_copy = (q, means.kbar, means.vbar, out, lse - math.log(plan.block), *means.listed)
+    more, dkbar, dvbar, *_ = attend_backward(of_means, of_copy, cotangents)
+    return dq + more, dk, dv, Means(dkbar, dvbar, (None,) * len(means.listed)), *(None for _ in listed)
+
+
+attend_corrected.defvjp(attend_corrected_forward, attend_corrected_backward)
 
 
 def corrected_blocks(mask, first_position, block: int):
@@ -371,13 +398,16 @@ def attend_lists(q, k, v, index: BlockIndex, ends, means, plan: Plan):
       means: None, or (kbar `[HK, n, D]`, vbar, position `[T]` of each tile's first row).
     """
     H = q.shape[0]
-    ends = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in ends)
-    out, lse = attend(q, k, v, index.index, index.count, *ends, **plan._asdict())
+    listed = (index.index, index.count, *(jnp.broadcast_to(jnp.asarray(x, jnp.int32), (H,)) for x in ends))
     if means is None:
-        return out, lse
+        return attend(q, k, v, *listed, **plan._asdict())
     kbar, vbar, first = means
     mask = corrected_blocks(index_mask(index.index, index.count, kbar.shape[1]), first, plan.block)
-    return merge(out, lse, *mean_attention(q, kbar, vbar, mask, plan))
+    means, of_means = mean_blocks(q, kbar, vbar, mask, plan)
+    # The definition's backward pass differentiates its own forward pass: it takes the two sets one by one.
+    call = attend_corrected_by_parts if plan.implementation == "reference" else attend_corrected
+    arrays, tree = jax.tree.flatten((q, k, v, means, *listed))
+    return call((plan, of_means), *tree.unflatten(backends.alike(*arrays)))
 
 
 def or_dense(index: BlockIndex, visible, attend_to: Callable, arrays, dense_on_overflow: bool):
