@@ -494,7 +494,7 @@ def cases() -> dict[str, Case]:
         shapes = ((rows_at_once, Q, WIDTH), cache, cache, ((rows_at_once,), "int32"))
         decode = ("decode_attention", f"batch {rows_at_once}, 32K", decode_attention_of, shapes, (0, 1, 2))
         rows += [(*decode, None, of), (*decode, "xla", of)]
-    masked = (*shapes, ((rows_at_once, 32768), "bool"))
+    masked = (*shapes, ((rows_at_once, 32768), "bool"))  # of the smaller batch
     rows += [("decode_attention", "batch 16, 32K, masked", decode_attention_of, masked, (0, 1, 2), None, BFLOAT16)]
     rows += [
         ("linear_log_prob", "4K tokens, D 2048, V 151936", linear_log_prob_of, head, (0, 1), "xla"),
