@@ -29,6 +29,7 @@ from rollax.kernels.flash_prefill.pallas_tpu_walk import (
     smallest,
     walk,
 )
+from rollax.kernels.flash_prefill.reference import below_top, exact_sum
 
 LOG2E = 1.0 / math.log(2.0)
 MASKED = -1e30  # finite: -inf - -inf would be NaN
@@ -432,6 +433,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
     (H, R, D), (HK, n, _) = q.shape, kbar.shape
     tiles, repeat = R // tile, H // HK
     high, wide = min(tiles, ENERGY_TILES), min(n, ENERGY_BLOCKS)
+    exact = q.dtype == jnp.float32
     token = block - 1 if rule == "last" else 0  # of a block, that must not lie in a row's future
     bounds = tuple(x.astype(jnp.int32) for x in (offset, length))
 
@@ -458,16 +460,25 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
             max_ref[...] = jnp.full(max_ref.shape, -jnp.inf, jnp.float32)
 
         def reduce(t, number, masked: bool):
-            x = dot(q_ref[0, t], kbar_ref[0], (1, 1))
+            rows, means = q_ref[0, t], kbar_ref[0]
+            if exact:  # a float32 rounds a logit of 20 by 1e-6
+                first = lax.broadcasted_iota(jnp.int32, means.shape, 1) < D // 2
+                x, low = exact_sum(*(dot(rows, jnp.where(half, means, 0), (1, 1)) for half in (first, ~first)))
+            else:
+                x, low = dot(rows, means, (1, 1)), 0.0
             if masked:
                 ids = j * wide + lax.broadcasted_iota(jnp.int32, (1, wide), 1)
                 need = group * (ids * block + token - offset) - number * tile
                 need = jnp.where(ids < visible(offset, length, number), need, FAR)
                 rows = lax.broadcasted_iota(jnp.int32, (tile, wide), 0)
                 x = jnp.where((rows >= need) & (rows < group * (length - offset) - number * tile), x, MASKED)
-            top = jnp.max(x, axis=0, keepdims=True)
             # The difference is scaled, not x: rounded where it is small.
-            total = jnp.sum(jnp.exp2((x - top) * (scale * LOG2E)), axis=0, keepdims=True)
+            if exact:
+                below, top = below_top(x, low, axis=0)
+                total = jnp.sum(jnp.exp(below * scale), axis=0, keepdims=True)
+            else:
+                top = jnp.max(x, axis=0, keepdims=True)
+                total = jnp.sum(jnp.exp2((x - top) * (scale * LOG2E)), axis=0, keepdims=True)
             some = top > MASKED / 2
             sum_ref[0, t : t + 1, :] = jnp.where(some, total, 0.0)
             max_ref[0, t : t + 1, :] = jnp.where(some, top * (scale * LOG2E), -jnp.inf)

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rollax.kernels.backends import product
 from rollax.kernels.flash_prefill.selection import index_mask
 
 LOG2_E = float(np.log2(np.e))
+NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
 
 
 def wide(dtype):
@@ -69,19 +71,37 @@ def seen_blocks(offset, length, rows: int, n: int, *, tile, block, group, rule):
     return valid[..., None] & (position[..., None] >= j * block) & (j < active[..., None])
 
 
+def two_part_product(equation: str, q, kbar):
+    """(x, low): <q, kbar> is x + low. A float32 rounds a logit of 20 by 1e-6, and so would the exponential be."""
+    half = q.shape[-1] // 2
+    first, second = (product(equation, q[..., part], kbar[..., part]) for part in (slice(half), slice(half, None)))
+    return exact_sum(first, second)
+
+
+def exact_sum(a, b):
+    """(x, low): x is a + b rounded, low what the rounding took (Knuth's two-sum)."""
+    x = a + b
+    of_b = x - a
+    return x, (a - (x - of_b)) + (b - of_b)
+
+
+def below_top(x, low, axis: int):
+    """(x + low - the largest of them along `axis`, the largest x, its axis kept)."""
+    top = jnp.max(x, axis=axis, keepdims=True)
+    return (x - top) + (low - jnp.max(jnp.where(x == top, low, NEVER), axis=axis, keepdims=True)), top
+
+
 def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
     """(sum, max) `[H, T, n]` of `BlockEnergy`."""
     H, R, _ = q.shape
     n = kbar.shape[1]
-    accumulate = wide(q.dtype)
-    kbar = spread_heads(kbar, H).astype(accumulate)
-    x = jnp.einsum("hrd,hnd->hrn", q.astype(accumulate), kbar, precision="highest")
+    x, low = two_part_product("hrd,hnd->hrn", q, spread_heads(kbar, H))
     seen = seen_blocks(offset, length, R, n, tile=tile, block=block, group=group, rule=rule)
-    x = jnp.where(seen, x, -jnp.inf).reshape(H, R // tile, tile, n)
-    top = x.max(axis=2)
+    x, low, seen = (x.reshape(H, R // tile, tile, n) for x in (jnp.where(seen, x, NEVER), low, seen))
+    below, top = below_top(x, low, axis=2)
     # The difference is scaled, not x: rounded where it is small.
-    below = (x - jnp.where(top > -jnp.inf, top, 0)[:, :, None]) * (scale * LOG2_E)
-    return jnp.exp2(below).sum(axis=2), top * (scale * LOG2_E)
+    total = jnp.where(seen, jnp.exp(below * scale), 0).sum(axis=2)
+    return total, jnp.where(top > NEVER, top * (scale * LOG2_E), -jnp.inf).squeeze(2)
 
 
 def row_energy(q, kbar, offset, length, *, tile, block, group, scale, rule):

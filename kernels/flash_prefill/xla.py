@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from rollax.kernels.backends import product
-from rollax.kernels.flash_prefill.reference import LOG2_E, wide
+from rollax.kernels.flash_prefill.reference import LOG2_E, NEVER, below_top, two_part_product, wide
 
-NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
 LOWEST = -5e29  # where a running maximum starts: 2^(NEVER - LOWEST) is 0
 UNSEEN = 1e30  # lse of a row without keys in the backward pass: its weights are 0
 LISTS_AT_ONCE = 64  # on accelerators
-SCORES_AT_ONCE = {"cpu": 2**21, "device": 2**26}  # of rows against mean keys: a CPU's caches, or 256 MiB of a device
+# Rows, and mean keys, that are scored at once: what a CPU's caches hold, or 256 MiB of a device.
+SCORED_AT_ONCE = {"cpu": (2**12, 2**5), "device": (2**16, 2**10)}
 
 
 def by_length(function, count):
@@ -152,48 +152,77 @@ def backward(
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def scores_by_tile(reduce, q, kbar, offset, length, *, tile, block, group, rule):
-    """`reduce(x [tile, n], seen [tile, n])` of each tile, `[H, T, ...]`; x = <q_r, kbar_j> in float32 at least."""
+def block_limits(offset, length, head, tiles, *, tile: int, block: int, group: int, rule: str):
+    """int32 `[G, tile]`: a row of tile `tiles` `[G]` of `head` sees the blocks below its limit."""
+    position = offset[head] + (tiles[:, None] * tile + jnp.arange(tile, dtype=jnp.int32)) // group
+    valid = position < length[head]
+    limit = (position + 1) // block
+    if rule == "first":
+        whole = (jnp.where(valid, position, -1).max(1, keepdims=True) + 1) // block
+        limit = jnp.minimum(position // block + 1, whole)
+    return jnp.where(valid, limit, 0)
+
+
+def parts(size: int, most: int) -> tuple[int, int]:
+    """(number, size) of like parts, none above `most`."""
+    number = -(-size // most)
+    return number, -(-size // number)
+
+
+def scored_at_once() -> tuple[int, int]:
+    return SCORED_AT_ONCE["cpu" if jax.default_backend() == "cpu" else "device"]
+
+
+def energy(q, kbar, offset, length, *, tile, scale, **static):
+    """See `reference.energy`. Mean keys that no row of a group of tiles sees are not multiplied."""
+    (H, R, D), (HK, n, _) = q.shape, kbar.shape
+    T = R // tile
+    rows, blocks = scored_at_once()
+    (groups, high), (chunks, wide) = parts(T, max(1, rows // tile)), parts(n, blocks)
+    q = jnp.pad(q, ((0, 0), (0, (groups * high - T) * tile), (0, 0))).reshape(H * groups, high * tile, D)
+    kbar = jnp.pad(kbar, ((0, 0), (0, chunks * wide - n), (0, 0))).reshape(HK * chunks, wide, D)
+
+    def of_group(i):
+        head, rows = i // groups, q[i]
+        tiles = i % groups * high + jnp.arange(high, dtype=jnp.int32)
+        limit = jnp.minimum(block_limits(offset, length, head, tiles, tile=tile, **static), n)
+
+        def step(chunk, state):
+            x, low = two_part_product("rd,nd->rn", rows, kbar[head // (H // HK) * chunks + chunk])
+            x, low = (x.reshape(high, tile, wide) for x in (x, low))
+            seen = chunk * wide + jnp.arange(wide) < limit[..., None]
+            below, top = below_top(jnp.where(seen, x, NEVER), low, axis=1)
+            # The difference is scaled, not x: rounded where it is small.
+            total = jnp.where(seen, jnp.exp(below * scale), 0).sum(1)
+            results = total, jnp.where(top > NEVER, top * (scale * LOG2_E), -jnp.inf).squeeze(1)
+            return tuple(
+                jax.lax.dynamic_update_index_in_dim(*pair, chunk, 1) for pair in zip(state, results, strict=True)
+            )
+
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        start = jnp.zeros((high, chunks, wide), dtype), jnp.full((high, chunks, wide), -jnp.inf, dtype)
+        return jax.lax.fori_loop(0, -(-limit.max() // wide), step, start)
+
+    results = jax.lax.map(of_group, jnp.arange(H * groups, dtype=jnp.int32))
+    return tuple(x.reshape(H, groups * high, chunks * wide)[:, :T, :n] for x in results)
+
+
+def row_energy(q, kbar, offset, length, *, tile, scale, **static):
+    """See `reference.row_energy`."""
     (H, R, D), (HK, n, _) = q.shape, kbar.shape
     T = R // tile
     q_tiles = q.reshape(H * T, tile, D)
 
     def of_tile(i):
         head = i // T
-        position = offset[head] + (i % T * tile + jnp.arange(tile, dtype=jnp.int32)) // group
-        valid = position < length[head]
-        # A row sees the blocks below its limit.
-        limit = (position + 1) // block
-        if rule == "first":
-            limit = jnp.minimum(position // block + 1, (jnp.where(valid, position, -1).max() + 1) // block)
-        seen = jnp.arange(n) < jnp.where(valid, limit, 0)[:, None]
-        return reduce(product("rd,nd->rn", q_tiles[i], kbar[head // (H // HK)]), seen)
-
-    scores = SCORES_AT_ONCE["cpu" if jax.default_backend() == "cpu" else "device"]
-    at_once = max(1, min(H * T, scores // (tile * n)))
-    results = jax.lax.map(of_tile, jnp.arange(H * T, dtype=jnp.int32), batch_size=at_once)
-    return jax.tree.map(lambda x: x.reshape(H, T, *x.shape[1:]), results)
-
-
-def energy(q, kbar, offset, length, *, scale, **static):
-    """See `reference.energy`."""
-
-    def reduce(x, seen):
-        top = jnp.where(seen, x, NEVER).max(0)
-        # The difference is scaled, not x: rounded where it is small.
-        total = jnp.where(seen, jnp.exp2((x - top) * (scale * LOG2_E)), 0).sum(0)
-        return total, jnp.where(top > NEVER, top * (scale * LOG2_E), -jnp.inf)
-
-    return scores_by_tile(reduce, q, kbar, offset, length, **static)
-
-
-def row_energy(q, kbar, offset, length, *, scale, **static):
-    """See `reference.row_energy`."""
-
-    def reduce(x, seen):
+        seen = jnp.arange(n) < block_limits(offset, length, head, (i % T)[None], tile=tile, **static)[0][:, None]
+        x = product("rd,nd->rn", q_tiles[i], kbar[head // (H // HK)])
         top = jnp.where(seen, x, NEVER).max(1, keepdims=True)
         p = jnp.where(seen, jnp.exp((x - top) * scale), 0)
         p = p / jnp.maximum(p.sum(1, keepdims=True), 1)
         return p.sum(0), jnp.where(seen.any(0), 0.0, -jnp.inf).astype(p.dtype)
 
-    return scores_by_tile(reduce, q, kbar, offset, length, **static)
+    rows, blocks = scored_at_once()
+    at_once = max(1, min(H * T, rows * blocks // (tile * n)))
+    results = jax.lax.map(of_tile, jnp.arange(H * T, dtype=jnp.int32), batch_size=at_once)
+    return jax.tree.map(lambda x: x.reshape(H, T, n), results)
