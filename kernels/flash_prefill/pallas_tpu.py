@@ -460,12 +460,12 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
             max_ref[...] = jnp.full(max_ref.shape, -jnp.inf, jnp.float32)
 
         def reduce(t, number, masked: bool):
-            rows, means = q_ref[0, t], kbar_ref[0]
+            queries, means = q_ref[0, t], kbar_ref[0]
             if exact:  # a float32 rounds a logit of 20 by 1e-6
                 first = lax.broadcasted_iota(jnp.int32, means.shape, 1) < D // 2
-                x, low = exact_sum(*(dot(rows, jnp.where(half, means, 0), (1, 1)) for half in (first, ~first)))
+                x, low = exact_sum(*(dot(queries, jnp.where(half, means, 0), (1, 1)) for half in (first, ~first)))
             else:
-                x, low = dot(rows, means, (1, 1)), 0.0
+                x, low = dot(queries, means, (1, 1)), 0.0
             if masked:
                 ids = j * wide + lax.broadcasted_iota(jnp.int32, (1, wide), 1)
                 need = group * (ids * block + token - offset) - number * tile

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rollax.kernels.backends import product
+from rollax.kernels.backends import alike, product
 from rollax.kernels.flash_prefill.reference import LOG2_E, NEVER, below_top, two_part_product, wide
 
 LOWEST = -5e29  # where a running maximum starts: 2^(NEVER - LOWEST) is 0
@@ -199,9 +199,9 @@ def energy(q, kbar, offset, length, *, tile, scale, **static):
                 jax.lax.dynamic_update_index_in_dim(*pair, chunk, 1) for pair in zip(state, results, strict=True)
             )
 
-        dtype = jnp.promote_types(q.dtype, jnp.float32)
-        start = jnp.zeros((high, chunks, wide), dtype), jnp.full((high, chunks, wide), -jnp.inf, dtype)
-        return jax.lax.fori_loop(0, -(-limit.max() // wide), step, start)
+        total = jnp.zeros((high, chunks, wide), jnp.promote_types(q.dtype, jnp.float32))
+        _, *start = alike(q, total, jnp.full_like(total, -jnp.inf))
+        return jax.lax.fori_loop(0, -(-limit.max() // wide), step, tuple(start))
 
     results = jax.lax.map(of_group, jnp.arange(H * groups, dtype=jnp.int32))
     return tuple(x.reshape(H, groups * high, chunks * wide)[:, :T, :n] for x in results)
