@@ -17,6 +17,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -143,6 +144,7 @@ class Streams(NamedTuple):
     age: jax.Array
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def sample_streams(key: jax.Array, config: Config, count: int, length: int) -> Streams:
     """Facts, each with a key of its own, at random places; the first `questions` of them are asked for at the end.
 
@@ -456,7 +458,7 @@ def measure_cost(config: Config, arm: Arm) -> dict[str, list[float]]:
     costs = {"ms": [], "MiB held": [], "KiB to go on": []}
     for length in (times * config.length for times in TIMES):
         streams = sample_streams(jax.random.key(0), config, 1, length)
-        params = init_params(jax.random.key(0), config, arm, jnp.float32(arm.inner[0]))
+        params = jax.jit(partial(init_params, config=config, arm=arm, inner=arm.inner[0]))(jax.random.key(0))
         forward = jax.jit(lambda params, streams: logits_of(params, streams, config, arm))
         forward = forward.lower(params, streams).compile()
         jax.block_until_ready(forward(params, streams))
