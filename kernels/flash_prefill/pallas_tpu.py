@@ -433,7 +433,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
     (H, R, D), (HK, n, _) = q.shape, kbar.shape
     tiles, repeat = R // tile, H // HK
     high, wide = min(tiles, ENERGY_TILES), min(n, ENERGY_BLOCKS)
-    exact = q.dtype == jnp.float32
+    exact, to_bits = q.dtype == jnp.float32, scale * LOG2E
     token = block - 1 if rule == "last" else 0  # of a block, that must not lie in a row's future
     bounds = tuple(x.astype(jnp.int32) for x in (offset, length))
 
@@ -474,14 +474,14 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
                 x = jnp.where((rows >= need) & (rows < group * (length - offset) - number * tile), x, MASKED)
             # The difference is scaled, not x: rounded where it is small.
             if exact:
-                below, top = below_top(x, low, axis=0)
+                below, top, rest = below_top(x, low, axis=0)
                 total = jnp.sum(jnp.exp(below * scale), axis=0, keepdims=True)
             else:
-                top = jnp.max(x, axis=0, keepdims=True)
-                total = jnp.sum(jnp.exp2((x - top) * (scale * LOG2E)), axis=0, keepdims=True)
+                top, rest = jnp.max(x, axis=0, keepdims=True), 0.0
+                total = jnp.sum(jnp.exp2((x - top) * to_bits), axis=0, keepdims=True)
             some = top > MASKED / 2
             sum_ref[0, t : t + 1, :] = jnp.where(some, total, 0.0)
-            max_ref[0, t : t + 1, :] = jnp.where(some, top * (scale * LOG2E), -jnp.inf)
+            max_ref[0, t : t + 1, :] = jnp.where(some, top * to_bits + rest * to_bits, -jnp.inf)
 
         for t in range(high):
             number = i * high + t

@@ -14,6 +14,7 @@ from rollax.kernels.flash_prefill.selection import index_mask
 
 LOG2_E = float(np.log2(np.e))
 NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
+PART_WIDTH = 32  # of a product in parts
 
 
 def wide(dtype):
@@ -73,9 +74,14 @@ def seen_blocks(offset, length, rows: int, n: int, *, tile, block, group, rule):
 
 def two_part_product(equation: str, q, kbar):
     """(x, low): <q, kbar> is x + low. A float32 rounds a logit of 20 by 1e-6, and so would the exponential be."""
-    half = q.shape[-1] // 2
-    first, second = (product(equation, q[..., part], kbar[..., part]) for part in (slice(half), slice(half, None)))
-    return exact_sum(first, second)
+    D = q.shape[-1]
+    width = min(PART_WIDTH, -(-D // 2))
+    parts = [product(equation, q[..., at : at + width], kbar[..., at : at + width]) for at in range(0, D, width)]
+    x, low = parts[0], jnp.zeros_like(parts[0])
+    for part in parts[1:]:
+        x, left = exact_sum(x, part)
+        low += left
+    return x, low
 
 
 def exact_sum(a, b):
@@ -86,9 +92,10 @@ def exact_sum(a, b):
 
 
 def below_top(x, low, axis: int):
-    """(x + low - the largest of them along `axis`, the largest x, its axis kept)."""
+    """(x + low less the largest of them along `axis`, the x and the low of the largest, their axes kept)."""
     top = jnp.max(x, axis=axis, keepdims=True)
-    return (x - top) + (low - jnp.max(jnp.where(x == top, low, NEVER), axis=axis, keepdims=True)), top
+    rest = jnp.max(jnp.where(x == top, low, NEVER), axis=axis, keepdims=True)
+    return (x - top) + (low - rest), top, rest
 
 
 def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
@@ -98,10 +105,11 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
     x, low = two_part_product("hrd,hnd->hrn", q, spread_heads(kbar, H))
     seen = seen_blocks(offset, length, R, n, tile=tile, block=block, group=group, rule=rule)
     x, low, seen = (x.reshape(H, R // tile, tile, n) for x in (jnp.where(seen, x, NEVER), low, seen))
-    below, top = below_top(x, low, axis=2)
+    below, top, rest = below_top(x, low, axis=2)
     # The difference is scaled, not x: rounded where it is small.
     total = jnp.where(seen, jnp.exp(below * scale), 0).sum(axis=2)
-    return total, jnp.where(top > NEVER, top * (scale * LOG2_E), -jnp.inf).squeeze(2)
+    to_bits = scale * LOG2_E
+    return total, jnp.where(top > NEVER, top * to_bits + rest * to_bits, -jnp.inf).squeeze(2)
 
 
 def row_energy(q, kbar, offset, length, *, tile, block, group, scale, rule):

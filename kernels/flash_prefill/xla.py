@@ -176,7 +176,7 @@ def scored_at_once() -> tuple[int, int]:
 def energy(q, kbar, offset, length, *, tile, scale, **static):
     """See `reference.energy`. Mean keys that no row of a group of tiles sees are not multiplied."""
     (H, R, D), (HK, n, _) = q.shape, kbar.shape
-    T = R // tile
+    T, to_bits = R // tile, scale * LOG2_E
     rows, blocks = scored_at_once()
     (groups, high), (chunks, wide) = parts(T, max(1, rows // tile)), parts(n, blocks)
     q = jnp.pad(q, ((0, 0), (0, (groups * high - T) * tile), (0, 0))).reshape(H * groups, high * tile, D)
@@ -191,10 +191,10 @@ def energy(q, kbar, offset, length, *, tile, scale, **static):
             x, low = two_part_product("rd,nd->rn", rows, kbar[head // (H // HK) * chunks + chunk])
             x, low = (x.reshape(high, tile, wide) for x in (x, low))
             seen = chunk * wide + jnp.arange(wide) < limit[..., None]
-            below, top = below_top(jnp.where(seen, x, NEVER), low, axis=1)
+            below, top, rest = below_top(jnp.where(seen, x, NEVER), low, axis=1)
             # The difference is scaled, not x: rounded where it is small.
             total = jnp.where(seen, jnp.exp(below * scale), 0).sum(1)
-            results = total, jnp.where(top > NEVER, top * (scale * LOG2_E), -jnp.inf).squeeze(1)
+            results = total, jnp.where(top > NEVER, top * to_bits + rest * to_bits, -jnp.inf).squeeze(1)
             return tuple(
                 jax.lax.dynamic_update_index_in_dim(*pair, chunk, 1) for pair in zip(state, results, strict=True)
             )
