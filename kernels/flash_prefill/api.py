@@ -36,7 +36,7 @@ MEANS_AT_ONCE = 128  # the most keys of a block of mean keys; TPU kernels need m
 
 
 class PrefillStats(NamedTuple):
-    """`density` float32 `[]`: read blocks over visible ones. `overflow` bool `[]`: the slots did not hold them all."""
+    """`density` float32 `[]`: selected blocks over visible ones; `overflow` bool `[]`: the slots did not hold them."""
 
     density: jax.Array
     overflow: jax.Array
@@ -529,7 +529,13 @@ def packed_energy(
       prefix: keys before the first query; length: valid queries, None for S. Both may be traced.
       scale: of the logits; None for 1 / sqrt(D).
       implementation, explain: see `rollax.kernels.backends.resolve`.
+    Raises:
+      ValueError: shapes that do not fit; an implementation that cannot take them.
     """
+    if q.ndim != 3 or kbar.ndim != 3 or kbar.shape[2] != q.shape[2] or q.shape[1] % kbar.shape[1]:
+        raise ValueError(
+            f"q must be [S, HQ, D] and kbar [n, HK, D], HQ a multiple of HK, got {q.shape} and {kbar.shape}"
+        )
     S, HQ, D = q.shape
     heads = kbar.shape[1]
     rows = pack(q, heads, cfg.tile_rows)

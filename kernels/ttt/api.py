@@ -53,9 +53,9 @@ def fold(x, B, H):
     return x.reshape(B * H, *x.shape[2:])
 
 
-def per_row(x, B, H, ndim):
-    """Weights `[H, ...]` or `[B, H, ...]` (ndim axes after H) as `[B * H, ...]` in float32 at least."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def per_row(x, B, H, ndim, dtype):
+    """Weights `[H, ...]` or `[B, H, ...]` (ndim axes after H) as `[B * H, ...]`, wide as float32 and `dtype`."""
+    x = x.astype(jnp.result_type(x.dtype, dtype, jnp.float32))
     return fold(jnp.broadcast_to(x, (B, H, *x.shape[-ndim:])), B, H)
 
 
@@ -195,8 +195,8 @@ def ttt_public(
     ask = asking(implementation, lambda kernels: kernels.refusal(operator, q, params, mini_batch, checkpoint_every))
     chosen = choose(operator, __package__, implementation, ask, explain=explain)
     q, k, v, gate = (fold(x, B, H) for x in (q, k, v, gate))
-    params = tuple(per_row(x, B, H, 2) for x in params)
-    ln = [per_row(x, B, H, 1) for x in ln]
+    params = tuple(per_row(x, B, H, 2, q.dtype) for x in params)
+    ln = [per_row(x, B, H, 1, q.dtype) for x in ln]
     gate, eta_pos = (x.astype(params[0].dtype) for x in (gate, eta_pos))
     q, k, v, gate, eta_pos, *rest = alike(q, k, v, gate, eta_pos, *params, *ln)
     params, ln = tuple(rest[: len(params)]), rest[len(params) :]
@@ -243,8 +243,10 @@ def grads_rows_backward(chosen, saved, cotangents):
 grads_rows.defvjp(lambda chosen, *args: (grads_rows(chosen, *args), args), grads_rows_backward)
 
 
-def check_weights(w, B, H, d):
-    """The weights as `FastWeights` of `[B * H, ...]`; ValueError if they do not fit tokens `[B, H, L, d]`."""
+def check_weights(w, B, H, d, dtype):
+    """The weights as `FastWeights` of `[B * H, ...]`; ValueError if tokens `[B, H, L, d]` of `dtype` do not fit."""
+    if len(w) != 3:
+        raise ValueError(f"w must be (w0, w1, w2), got {len(w)} arrays")
     w = FastWeights(*(jnp.asarray(x) for x in w))
     h = w.w0.shape[-2] if w.w0.ndim >= 3 else 0
     expected = ((H, h, d), (H, d, h), (H, h, d))
@@ -253,7 +255,7 @@ def check_weights(w, B, H, d):
             f"w must be w0, w2 [{H}, h, {d}] and w1 [{H}, {d}, h], or these after a batch axis of {B}, "
             f"got {[x.shape for x in w]}"
         )
-    return FastWeights(*(per_row(x, B, H, 2) for x in w))
+    return FastWeights(*(per_row(x, B, H, 2, dtype) for x in w))
 
 
 def check_tokens(q, k, v, lr):
@@ -281,7 +283,7 @@ def lact_apply(w, q, *, implementation=None, impl=None, explain=False):
     if q.ndim != 4:
         raise ValueError(f"tokens must be [B, H, L, d], got {q.shape}")
     B, H, _, d = q.shape
-    rows = check_weights(w, B, H, d)
+    rows = check_weights(w, B, H, d, q.dtype)
     chosen = choose_lact("lact_apply", named(implementation, impl), explain, q, rows)
     return apply_of(chosen)(*alike(*rows, fold(q, B, H))).reshape(q.shape)
 
@@ -301,7 +303,7 @@ def lact_grads(w, k, v, lr, *, implementation=None, impl=None, explain=False):
     k, v, lr = jnp.asarray(k), jnp.asarray(v), jnp.asarray(lr)
     check_tokens(k, k, v, lr)
     B, H, _, d = k.shape
-    rows = check_weights(w, B, H, d)
+    rows = check_weights(w, B, H, d, k.dtype)
     chosen = choose_lact("lact_grads", named(implementation, impl), explain, k, rows)
     grads = grads_of(chosen)(*alike(*rows, *(fold(x, B, H) for x in (k, v, lr.astype(rows.w0.dtype)))))
     return FastWeights(*(x.reshape(B, H, *x.shape[1:]) for x in grads))

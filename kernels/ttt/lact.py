@@ -188,18 +188,19 @@ def folded(x):
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), x)
 
 
-def lact_init(params, *, batch, chunk, rule=TRAINED, dtype=jnp.float32):
+def lact_init(params, *, batch, chunk, rule=TRAINED, dtype=None):
     """The state before a stream's first token.
 
     Args:
       params: `FastWeights`, w0, w2 `[H, h, d]` and w1 `[H, d, h]`, or with a batch axis before H.
       batch: number of streams B.
       chunk: tokens between two updates, static, the same in every later call.
-      dtype: of the tokens to come.
+      dtype: of the tokens to come, or a wider one; None for that of params, float32 at least.
     """
     check_rule(rule, chunk)
     H, _, d = params[0].shape[-3:]
-    w = check_weights(params, batch, H, d)
+    dtype = jnp.result_type(*params, jnp.float32) if dtype is None else dtype
+    w = check_weights(params, batch, H, d, dtype)
     memory = unfolded(fresh(w, rule), batch, H)
     buffers = empty_buffers(batch, H, chunk, d, dtype, w.w0.dtype, rule)
     return LactState(*memory, *buffers, jnp.zeros(batch, jnp.int32))
@@ -383,7 +384,7 @@ def lact_step(state, q, k, v, lr, mom=None, *, chunk, rule=TRAINED, implementati
     Returns:
       (out `[B, H, T, d]`, state).
     Raises:
-      ValueError: shapes that do not fit each other or the state, a rule that is none.
+      ValueError: shapes that do not fit each other or the state, tokens wider than the state's, a rule that is none.
     """
     q, k, v, lr = (jnp.asarray(x) for x in (q, k, v, lr))
     check_rule(rule, chunk)
@@ -393,17 +394,20 @@ def lact_step(state, q, k, v, lr, mom=None, *, chunk, rule=TRAINED, implementati
     if q.ndim != 4 or (*q.shape[:2], q.shape[3]) != (B, H, d):
         raise ValueError(f"q must be [{B}, {H}, T, {d}], as the state, got {q.shape}")
     check_state(state, rule)
+    held = state.buf_k.dtype
+    if jnp.result_type(k, v, held) != held:
+        raise ValueError(f"k and v must not be wider than the state's {held}, got {k.dtype} and {v.dtype}")
     rows = Memory(*folded(tuple(state[:4])))
     x = tokens_of(q, k, v, lr, mom, rule, rows.w.w0.dtype)
     chosen = choose_lact("lact_step", named(implementation, impl), explain, q, rows.w)
     operators = operators_of(chosen, rows.w, rule, explain)
-    buffers = folded(tuple(state[4:8]))
-    x = (x[0], *(a if a is None else a.astype(b.dtype) for a, b in zip(x[1:], buffers, strict=True)))
+    # What waits is as narrow as it came, so that a chunk is written as `lact_scan` would.
+    buffers = jax.tree.map(lambda b, a: b.astype(a.dtype), folded(tuple(state[4:8])), x[1:])
     n = jnp.repeat(state.n_buf, H)
     count = jnp.full(B * H, q.shape[2], jnp.int32)
     memory, buffers, n, out = over_windows(None, rows, buffers, n, x, None, count, rule, operators, 1)
-    state = LactState(*unfolded(memory, B, H), *unfolded(buffers, B, H), n.reshape(B, H)[:, 0])
-    return out.reshape(q.shape), state
+    buffers = jax.tree.map(lambda b, a: b.astype(a.dtype), unfolded(buffers, B, H), tuple(state[4:8]))
+    return out.reshape(q.shape), LactState(*unfolded(memory, B, H), *buffers, n.reshape(B, H)[:, 0])
 
 
 def check_state(state, rule):
@@ -462,7 +466,7 @@ def lact_scan(
     if q.ndim != 4:
         raise ValueError(f"tokens must be [B, H, L, d], got {q.shape}")
     B, H, L, d = q.shape
-    memory = fresh(check_weights(w0, B, H, d), rule)
+    memory = fresh(check_weights(w0, B, H, d, q.dtype), rule)
     x = tokens_of(q, k, v, lr, mom, rule, memory.w.w0.dtype)
     memory, x = alike_trees(memory, x)
     chosen = choose_lact("lact_scan", named(implementation, impl), explain, q, memory.w)
@@ -517,6 +521,8 @@ def packed_scan(initial, buffers, x, ids, rule, operators, every):
     there = ids >= 0
     order = jnp.argsort(~there, axis=1, stable=True)  # padding goes to the end, and comes back at the end
     gather = lambda a, i: jnp.take_along_axis(a, i.reshape(*i.shape, *[1] * (a.ndim - 2)), 1)  # noqa: E731
+    # Zeros where padding stood: what it held must not reach a gradient.
+    x = jax.tree.map(lambda a: jnp.where(there.reshape(*there.shape, *[1] * (a.ndim - 2)), a, 0), x)
     x, ids = jax.tree.map(lambda a: gather(a, order), (x, ids))
     starts = jnp.concatenate([jnp.zeros_like(there[:, :1]), ids[:, 1:] != ids[:, :-1]], 1)
     n = jnp.zeros(ids.shape[0], jnp.int32)
@@ -561,7 +567,7 @@ def lact_segments(
     for segment in segments:
         if len(segment) != 4 or not 0 <= segment[0] < segment[1] <= L:
             raise ValueError(f"segments must be (start, end, update, apply) within 0..{L}, got {segment}")
-    memory = fresh(check_weights(w0, B, H, d), rule)
+    memory = fresh(check_weights(w0, B, H, d, q.dtype), rule)
     x = tokens_of(q, k, v, lr, mom, rule, memory.w.w0.dtype)
     memory, x = alike_trees(memory, x)
     chosen = choose_lact("lact_segments", named(implementation, impl), explain, q, memory.w)

@@ -20,7 +20,8 @@ FIXED5 = ((3.4445, -4.7750, 2.0315),) * 5  # the same triple five times: about [
 def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None, impl=None, explain=False):
     """X_0 = g / (|g|_F + eps); X <- a X + (b A + c A A) X with A = X X^T, once for each (a, b, c) of `coeffs`.
 
-    Maps every non-zero matrix to unit scale, however small, and zero to zero. The gradient is exact and finite at zero.
+    Maps matrices whose norm is well above `eps` to unit scale, and zero to zero. The gradient is exact and finite at
+    zero.
 
     Args:
       g: `[..., m, n]`, any leading axes.

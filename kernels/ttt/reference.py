@@ -78,9 +78,9 @@ def swiglu(w0, w1, w2, x):
 
 
 def lact_apply(w0, w1, w2, q):
-    """w0, w2 `[N, h, d]`, w1 `[N, d, h]`, q `[N, C, d]` to `[N, C, d]`."""
+    """w0, w2 `[N, h, d]`, w1 `[N, d, h]`, q `[N, C, d]` to `[N, C, d]` in q's dtype."""
     with exact():
-        return jax.vmap(swiglu)(w0, w1, w2, q)
+        return jax.vmap(swiglu)(w0, w1, w2, q).astype(q.dtype)
 
 
 def lact_grads(w0, w1, w2, k, v, lr):

@@ -39,6 +39,8 @@ def sliding_window_attention(
     if L == 0:
         return q
     ids = jnp.zeros((B, L), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    if segment_ids is not None:  # what padding holds must reach neither an output nor a gradient
+        q, k, v = (jnp.where((ids >= 0)[:, None, :, None], x, 0) for x in (q, k, v))
     q = q.reshape(B, k.shape[1], -1, L, d)
     attend = dense if chosen == "reference" else banded
     out = attend(q, k, v, ids, min(window, L), d**-0.5 if scale is None else scale)

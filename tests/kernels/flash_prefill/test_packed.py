@@ -241,3 +241,9 @@ def test_bad_input(change, message):
     arguments = dict(zip("qkv", random_qkv(), strict=True)) | {"cfg": DENSE} | change
     with pytest.raises(ValueError, match=message):
         flash_prefill_packed(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 8), (6, 2, 4), (2, 8)])
+def test_mean_keys_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match=r"q must be \[S, HQ, D\] and kbar \[n, HK, D\], HQ a multiple of HK, got"):
+        packed_energy(np.zeros((24, 6, 8)), np.zeros(shape), DENSE)

@@ -134,7 +134,8 @@ def test_packing(rule):
         out, pull, state = jax.vjp(run, w, x, has_aux=True)
         return out, state, pull(cotangent)
 
-    out, state, (dw, dx) = jax.jit(gradient)(w, x, cotangent, ids)
+    padded = [np.where((ids < 0)[:, None].reshape(B, 1, L, *[1] * (a.ndim - 3)), np.nan, a) for a in x]
+    out, state, (dw, dx) = jax.jit(gradient)(w, tuple(padded), cotangent, ids)
     apart = jax.jit(gradient)
     out, state, dx = jax.device_get((out, state, dx))
     total = jax.tree.map(np.zeros_like, w)
@@ -339,6 +340,26 @@ def test_narrow_tokens_keep_a_wide_state():
     assert all(a.dtype == jnp.float32 for a in (*state.w, state.buf_lr))
     expected, _ = scan(w, *x, chunk=C, rule=DESCENT)
     np.testing.assert_allclose(np.asarray(out, float), expected, rtol=0.1, atol=0.1 * np.abs(expected).max())
+    assert ttt.lact_apply(narrow[0], narrow[1][0], implementation="reference").dtype == jnp.bfloat16
+    # A buffer wider than the tokens changes nothing.
+    begun, pieces = ttt.lact_init(narrow[0], batch=B, chunk=C, rule=DESCENT), []
+    for part in (cut(narrow[1], 0, 3), cut(narrow[1], 3, 2 * C + 1)):
+        piece, begun = step(begun, *part, chunk=C, rule=DESCENT)
+        pieces.append(piece)
+    assert begun.buf_k.dtype == jnp.float32
+    close((np.concatenate(pieces, 2), begun.w), (out, state.w), 1e-6)
+
+
+def test_wide_tokens_widen_the_state():
+    w, x = weights(), stream(C + 1)
+    narrow = jax.tree.map(lambda a: a.astype(np.float32), w)
+    rounded = jax.tree.map(lambda a: a.astype(np.float64), narrow)
+    close(scan(narrow, *x, chunk=C, rule=MUON), scan(rounded, *x, chunk=C, rule=MUON))
+    state = ttt.lact_init(narrow, batch=B, chunk=C, rule=MUON)
+    with pytest.raises(ValueError, match="k and v must not be wider than the state's float32, got float64 and float64"):
+        ttt.lact_step(state, *x, chunk=C, rule=MUON)
+    state = ttt.lact_init(narrow, batch=B, chunk=C, rule=MUON, dtype=np.float64)
+    close(step(state, *x, chunk=C, rule=MUON), scan(rounded, *x, chunk=C, rule=MUON))
 
 
 def recall(rule, rate, ages, seeds=3, d=64, objects=8, copies=8, chunks=12):
@@ -384,6 +405,7 @@ def test_what_the_rules_remember():
         ({"lr": jnp.zeros((B, H, 7, 2))}, r"lr must be \(2, 2, 7, 3\), one rate a matrix, got \(2, 2, 7, 2\)"),
         ({"mom": None}, "mom must be .* for a rule with momentum"),
         ({"w0": weights()._replace(w1=jnp.zeros((H, WIDE, D)))}, r"w must be w0, w2 \[2, h, 4\]"),
+        ({"w0": weights()[:2]}, r"w must be \(w0, w1, w2\), got 2 arrays"),
         ({"segment_ids": jnp.zeros((B, 6), int)}, r"segment_ids must be \[2, 7\]"),
         ({"segment_ids": jnp.zeros((B, 7), int), "order": "update_apply"}, "segment_ids need order"),
         ({"order": "both"}, "order must be"),
