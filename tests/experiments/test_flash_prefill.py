@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ from rollax.kernels.flash_prefill import (
     density,
     flash_prefill_packed,
 )
+from rollax.tests.support import compiled
 
 SMALL_RECALL = ("--part", "recall", "--seeds", "2", "--length", "256", "--block", "8", "--width", "16", "--steps", "2",
                 "--sequences", "1", "--needles", "1", "16", "--crossed", "16", "--questions", "16", "--crowd", "32",
@@ -130,29 +132,34 @@ def test_a_seed_gives_the_same_heads_in_every_row():
 
 def test_packed_rule_is_the_public_operator():
     """Lists of packed tiles, repeated over their heads, and v1's attention give V2's output, corrected or not."""
-    q, k, v = planted_head(jax.random.key(1), 2, length=256, block=16, width=16)
     cfg = PackedPrefillConfig(alpha=0.3, block_size=16, tile_rows=32, sink_blocks=1, window_blocks=2, last_full_tiles=0)
-    for name in ("v2", "v2 corrected"):
+
+    def both_ways(name):
+        q, k, v = planted_head(jax.random.key(1), 2, length=256, block=16, width=16)
         mask = kept_blocks(RULES[name], q, k, 0.3, block=16)
         out = attend(q, k, v, mask, block=16, corrected=RULES[name].corrected)
-        expected, stats = flash_prefill_packed(q, k, v, cfg, correction=RULES[name].corrected)
+        return out, density(mask), flash_prefill_packed(q, k, v, cfg, correction=RULES[name].corrected)
+
+    for name in ("v2", "v2 corrected"):
+        out, share, (expected, stats) = compiled(both_ways, static_argnums=0)(name)
         np.testing.assert_allclose(out, expected, atol=2e-5)
-        np.testing.assert_allclose(density(mask), stats.density, rtol=1e-6)
+        np.testing.assert_allclose(share, stats.density, rtol=1e-6)
         assert stats.density < 0.9
 
 
 def test_reading_row_by_row_in_chunks_is_the_public_operator():
     """One tile a position, whole or chunk by chunk; nothing that comes later changes what a position reads."""
-    q, k, v = planted_head(jax.random.key(1), 2, 1, length=256, block=16, width=16)
+    q, k, v = compiled(lambda: planted_head(jax.random.key(1), 2, 1, length=256, block=16, width=16))()
     cfg = PackedPrefillConfig(alpha=0.3, block_size=16, tile_rows=2, sink_blocks=1, window_blocks=2, last_full_tiles=0)
-    read = jax.jit(lambda q, k, v, alpha: attend_row_by_row(q, k, v, alpha, block=16, sink=1))
+    read = compiled(lambda q, k, v, alpha: attend_row_by_row(q, k, v, alpha, block=16, sink=1))
+    packed = partial(flash_prefill_packed, cfg=cfg, correction=False, implementation="reference")
     out, share = read(q, k, v, 0.3)
-    expected, stats = flash_prefill_packed(q, k, v, cfg, correction=False, implementation="reference")
+    expected, stats = compiled(packed)(q, k, v)
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(share, stats.density, rtol=1e-5)
-    changed = [x.at[100:].multiply(3) for x in (q, k, v)]
-    np.testing.assert_allclose(read(*changed, 0.3)[0][:100], out[:100], atol=2e-5)
-    np.testing.assert_allclose(read(q, k, v, 0.0)[0], dense_attention(q, k, v)[0], atol=2e-5)
+    later = np.where(np.arange(256) < 100, 1, 3).astype(np.float32)[:, None, None]
+    np.testing.assert_allclose(read(*(x * later for x in (q, k, v)), 0.3)[0][:100], out[:100], atol=2e-5)
+    np.testing.assert_allclose(read(q, k, v, 0.0)[0], compiled(dense_attention)(q, k, v)[0], atol=2e-5)
 
 
 def test_rules_keep_what_their_numbers_say():

@@ -5,7 +5,6 @@ fails, so nothing in the file stays unchecked.
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,10 @@ import numpy as np
 import pytest
 
 from rollax import objectives as ob
+from rollax.tests.support import GOLDEN as FOLDER
+from rollax.tests.support import compiled
 
-GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "bandpo.npz"))
+GOLDEN = dict(np.load(FOLDER / "bandpo.npz"))
 BOUNDS = [name for name in GOLDEN if name.startswith(("exact_", "code_")) and not name.endswith("_grid")]
 OUTPUTS = [name for name in GOLDEN if name.startswith("case_") and "_in_" not in name and not name.endswith("lengths")]
 INPUTS = [name for name in GOLDEN if name.endswith("_grid") or "_in_" in name or name.endswith("overlong_lengths")]
@@ -88,9 +89,8 @@ ARMS = {
 class Case:
     """The inputs of one golden case as attributes, and `scalar`, which names a loss and its gradient."""
 
-    def __init__(self, case):
-        prefix = f"case_{case}_in_"
-        self.__dict__.update({k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)})
+    def __init__(self, inputs):
+        self.__dict__.update(inputs)
         self.rows, self.width = self.mask.shape
         self.out, self.losses = {}, {}
 
@@ -99,11 +99,9 @@ class Case:
         self.losses[name] = loss
 
     def differentiate(self):
-        """All losses noted and their gradients, in one compiled function."""
-        results = jax.jit(lambda new: {k: jax.value_and_grad(loss)(new) for k, loss in self.losses.items()})(
-            self.new_logp
-        )
-        for name, (value, gradient) in results.items():
+        """All losses noted and their gradients."""
+        for name, loss in self.losses.items():
+            value, gradient = jax.value_and_grad(loss)(self.new_logp)
             self.out |= {f"{name}__loss": value, f"{name}__grad": gradient}
 
     def token_mean(self, name, loss):
@@ -114,12 +112,11 @@ class Case:
 
     def metrics(self, name, lower, upper, *, log_ratio=None, dual_clip=None, keys=("clipfrac", "clipfrac_lower")):
         log_ratio = self.new_logp - self.old_logp if log_ratio is None else log_ratio
-        m = CLIP_METRICS(log_ratio, self.old_logp, lower, upper, self.advantage, self.mask, dual_clip=dual_clip)
+        m = ob.clip_metrics(log_ratio, self.old_logp, lower, upper, self.advantage, self.mask, dual_clip=dual_clip)
         self.out |= {f"{name}__{keys[0]}": m["clip_fraction"], f"{name}__{keys[1]}": m["dual_clip_fraction"]}
         return m
 
 
-CLIP_METRICS = jax.jit(ob.clip_metrics)
 PG = ("pg_clipfrac", "pg_clipfrac_lower")
 
 
@@ -270,17 +267,21 @@ def preferences(c):
     c.scalar("kto_b01", lambda new: ob.kto_loss(score(new), c.reward > 0.5, z0).mean())
 
 
+@compiled
+def everything(inputs, overlong):
+    c = Case(inputs)
+    for part in (bandpo, clipped, sequence_level, soft_and_masked, advantages, kl_and_mismatch, preferences):
+        part(c)
+    c.differentiate()
+    return c.out | {"overlong_reward_Lmax32_cache8": ob.overlong_penalty(overlong, 32, 8)}
+
+
 @functools.cache
 def compute(case):
-    c = Case(case)
+    prefix = f"case_{case}_in_"
+    inputs = {k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)}
     with jax.enable_x64(True):
-        c.__dict__.update({k: jnp.asarray(v) for k, v in c.__dict__.items() if isinstance(v, np.ndarray)})
-        for part in (bandpo, clipped, sequence_level, soft_and_masked, advantages, kl_and_mismatch, preferences):
-            part(c)
-        c.differentiate()
-        length = jnp.asarray(GOLDEN[f"case_{case}_overlong_lengths"])
-        c.out["overlong_reward_Lmax32_cache8"] = ob.overlong_penalty(length, 32, 8)
-        return {name: np.asarray(value) for name, value in c.out.items()}
+        return everything(inputs, GOLDEN[f"case_{case}_overlong_lengths"])
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -161,7 +161,7 @@ def test_forward_and_backward_equal_dense(name):
     check(run(CASES[name], inputs, 0.3, True), dense(CASES[name], *inputs[:6], 0.3), 5e-6)
 
 
-@pytest.mark.parametrize(("width", "tile", "smem"), [(1, 8, 2**19), (2, 16, 150)])
+@pytest.mark.parametrize(("width", "tile", "smem"), [pytest.param(1, 8, 2**19, marks=pytest.mark.slow), (2, 16, 150)])
 def test_masks_by_tiles(width, tile, smem, monkeypatch):
     """What the mean correction needs; lists end inside a step of several blocks, and are split over calls."""
     monkeypatch.setattr(pallas_tpu_walk, "STEP_LENGTH", 128 * width)

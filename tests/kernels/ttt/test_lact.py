@@ -67,7 +67,7 @@ def test_prefixes():
         assert not np.allclose(other[:, :, t], out[:, :, t])
 
 
-@pytest.mark.parametrize("rule", ["muon", "post", pytest.param("descent", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", ["muon", *(pytest.param(x, marks=pytest.mark.slow) for x in ("post", "descent"))])
 def test_any_slicing(rule):
     rule, w, x = RULES[rule], weights(), stream(20)
     expected = scan(w, *x, chunk=C, rule=rule)
