@@ -38,6 +38,18 @@ def attention():
     return run, [normal(0, S, HQ, D), normal(1, S, HK, D), normal(2, S, HK, D)], []
 
 
+def corrected_attention():
+    """What is not listed enters by its means: a second pass of the kernels, by masks of tiles."""
+    mask = flash_prefill.dense_mask(S // BLOCK) & (jnp.eye(S // BLOCK, dtype=bool) | (jnp.arange(S // BLOCK) == 1))
+    index = flash_prefill.compact_index(jnp.broadcast_to(mask, (HQ, *mask.shape)), S // BLOCK)
+
+    def run(q, k, v, **how):
+        means = dict(zip(("kbar", "vbar"), (flash_prefill.mean_pool(x, BLOCK) for x in (k, v)), strict=True))
+        return flash_prefill.block_sparse_attention(q, k, v, index, block_size=BLOCK, **means, **how)[0]
+
+    return run, [normal(0, S, HQ, D), normal(1, S, HK, D), normal(2, S, HK, D)], []
+
+
 def packed_attention():
     """Dense by decree: what is selected by rounded scores may differ in a block."""
     cfg = flash_prefill.PackedPrefillConfig(alpha=0.0, block_size=BLOCK, tile_rows=64, min_sparse_queries=10**6)
@@ -52,10 +64,22 @@ def energies():
     return run, [normal(0, S, HQ, D)], []
 
 
+def energies_of_zeros():
+    """Each row adds one to every block that it sees."""
+    run, tokens, others = energies()
+    return run, [0 * x for x in tokens], others
+
+
 def decoding():
     lengths = jnp.array([S, 0, 100])
     run = lambda q, k, v, **how: decode_attention(q, k, v, lengths, **how)  # noqa: E731
     return run, [normal(0, 3, HQ, D), normal(1, 3, HK, S, D), normal(2, 3, HK, S, D)], []
+
+
+def masked_decoding():
+    lengths, mask = jnp.array([S, 0, 100]), jax.random.bernoulli(jax.random.key(9), 0.5, (3, S))
+    run = lambda q, k, v, **how: decode_attention(q, k, v, lengths, mask=mask, **how)  # noqa: E731
+    return run, *decoding()[1:]
 
 
 def dual_form(scan, *shapes, K=16, L=72):
@@ -95,7 +119,20 @@ def newton_schulz():
     return ttt.newton_schulz, [normal(0, 3, 64, 48)], []
 
 
-CASES = (attention, packed_attention, energies, decoding, ttt_linear, ttt_mlp, lact_apply, lact_grads, newton_schulz)
+CASES = (
+    attention,
+    corrected_attention,
+    packed_attention,
+    energies,
+    energies_of_zeros,
+    decoding,
+    masked_decoding,
+    ttt_linear,
+    ttt_mlp,
+    lact_apply,
+    lact_grads,
+    newton_schulz,
+)
 
 
 def outputs_and_gradients(run, implementation, args):
