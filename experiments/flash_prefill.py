@@ -500,9 +500,9 @@ CLAIMS = [
     Claim("3a", "Selecting sorts nothing (top-k and top-p do)",
           over_heads("sorts"), "within", 0.5, "sorts", needs=HEADS),
     Claim("3b", "Means, scores, threshold and compaction cost 1 / (2 block) of dense attention's arithmetic "
-          "(block 128, 16K tokens, future blocks not counted)",
+          "(block 128, 16K tokens, bfloat16, future blocks not counted)",
           over_heads("cost of selection"), "below", 1.1, "1 / (2 block) of dense", needs=HEADS),
-    Claim("3c", "... also as computed here, where the whole map is formed",
+    Claim("3c", "... also with the blocks in the future, as the definition forms them",
           over_heads("cost of the whole map"), "below", 1.1, "1 / (2 block) of dense", needs=HEADS),
     Claim("4", "At alpha .1 the share of free blocks (neither sink nor window) that is read falls to less than half "
           "over 8 times the length, where supports are bounded",

@@ -139,12 +139,12 @@ def sorts_of_selection(rule: Rule, *, block: int = 128, width: int = 128, length
 
 
 def selection_cost(block: int = 128, width: int = 128, length: int = 16384) -> tuple[float, float]:
-    """Arithmetic of mean keys, scores, threshold and compaction for one head, lowered, not run.
+    """Arithmetic of mean keys, scores, threshold and compaction for one head in bfloat16, lowered, not run.
 
     In units of 1 / (2 block) of dense causal attention's 2 length^2 width: (over the blocks that a tile sees, over the
-    whole map, as it is formed here).
+    whole map, as the definition forms it).
     """
-    n, spec = length // block, lambda tokens: jax.ShapeDtypeStruct((tokens, 1, width), jnp.float32)
+    n, spec = length // block, lambda tokens: jax.ShapeDtypeStruct((tokens, 1, width), jnp.bfloat16)
 
     def count(function, *shapes):
         cost = jax.jit(function).lower(*shapes).cost_analysis()

@@ -32,6 +32,7 @@ from rollax.experiments.harness.loop import Results, Train, final, gap
 from rollax.experiments.harness.report import Episode
 from rollax.experiments.harness.study import Build, Study, main
 from rollax.experiments.ttt_mechanism import AGES, CHUNKS, MEMORIES, Memory, recall_by_age, unit
+from rollax.kernels.flash_prefill import dense_attention
 from rollax.kernels.ttt import (
     FastWeights,
     UpdateRule,
@@ -307,6 +308,13 @@ def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, size: int) -> jax
     return out[..., :-1] / (out[..., -1:] + 1e-6)
 
 
+def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal, `[B, L, H, d]`, without positions, so that it knows no longest length; in blocks where they save time."""
+    if q.shape[1] <= 512:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return jax.vmap(lambda *qkv: dense_attention(*qkv)[0])(q, k, v)
+
+
 def remember(params: dict, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, arm: Arm) -> jax.Array:
     """What the memory of a layer answers, `[B, H, T, d]`; x `[B, T, D]` is the layer's normed input.
 
@@ -336,8 +344,8 @@ def apply_layer(params: dict, x: jax.Array, config: Config, arm: Arm, kind: tupl
     attention, memory = kind
     normed = rms_norm(x, params["attention_norm"])
     q, k, v = (split_heads(normed @ params[name], config.heads) for name in "qkv")
-    if attention == "full":  # without positions, so that it knows no longest length
-        mixed = jax.nn.dot_product_attention(*(y.swapaxes(1, 2) for y in (q, k, v)), is_causal=True).swapaxes(1, 2)
+    if attention == "full":
+        mixed = full_attention(*(y.swapaxes(1, 2) for y in (q, k, v))).swapaxes(1, 2)
     else:
         mixed = sliding_window_attention(rotate(q), rotate(k), v, window=config.window)
     if memory:
@@ -450,7 +458,7 @@ def mean_where(x: jax.Array, where: jax.Array) -> jax.Array:
 # --- Time and memory against length ---------------------------------------------------------------------------------
 
 COSTS = ("full", "lact", "ttt_mlp", "ttt_linear", "linear", "window")  # what has an anchor lies between
-TIMES = (2, 8, 32)  # lengths, in lengths of training
+TIMES = (2, 8, 32, 128)  # lengths, in lengths of training
 
 
 def measure_cost(config: Config, arm: Arm) -> dict[str, list[float]]:

@@ -73,7 +73,12 @@ def seen_blocks(offset, length, rows: int, n: int, *, tile, block, group, rule):
 
 
 def two_part_product(equation: str, q, kbar):
-    """(x, low): <q, kbar> is x + low. A float32 rounds a logit of 20 by 1e-6, and so would the exponential be."""
+    """(x, low): <q, kbar> is x + low. A float32 rounds a logit of 20 by 1e-6, and so would the exponential be.
+
+    Tokens narrower than float32 are themselves rounded by more: one product, low is None.
+    """
+    if q.dtype.itemsize < 4:
+        return product(equation, q, kbar), None
     D = q.shape[-1]
     width = min(PART_WIDTH, -(-D // 2))
     parts = [product(equation, q[..., at : at + width], kbar[..., at : at + width]) for at in range(0, D, width)]
@@ -94,6 +99,8 @@ def exact_sum(a, b):
 def below_top(x, low, axis: int):
     """(x + low less the largest of them along `axis`, the x and the low of the largest, their axes kept)."""
     top = jnp.max(x, axis=axis, keepdims=True)
+    if low is None:
+        return x - top, top, 0.0
     rest = jnp.max(jnp.where(x == top, low, NEVER), axis=axis, keepdims=True)
     return (x - top) + (low - rest), top, rest
 
@@ -104,7 +111,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
     n = kbar.shape[1]
     x, low = two_part_product("hrd,hnd->hrn", q, spread_heads(kbar, H))
     seen = seen_blocks(offset, length, R, n, tile=tile, block=block, group=group, rule=rule)
-    x, low, seen = (x.reshape(H, R // tile, tile, n) for x in (jnp.where(seen, x, NEVER), low, seen))
+    x, low, seen = jax.tree.map(lambda x: x.reshape(H, R // tile, tile, n), (jnp.where(seen, x, NEVER), low, seen))
     below, top, rest = below_top(x, low, axis=2)
     # The difference is scaled, not x: rounded where it is small.
     total = jnp.where(seen, jnp.exp(below * scale), 0).sum(axis=2)

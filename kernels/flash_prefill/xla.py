@@ -189,7 +189,7 @@ def energy(q, kbar, offset, length, *, tile, scale, **static):
 
         def step(chunk, state):
             x, low = two_part_product("rd,nd->rn", rows, kbar[head // (H // HK) * chunks + chunk])
-            x, low = (x.reshape(high, tile, wide) for x in (x, low))
+            x, low = jax.tree.map(lambda x: x.reshape(high, tile, wide), (x, low))
             seen = chunk * wide + jnp.arange(wide) < limit[..., None]
             below, top, rest = below_top(jnp.where(seen, x, NEVER), low, axis=1)
             # The difference is scaled, not x: rounded where it is small.

@@ -201,7 +201,7 @@ def test_the_threshold_sorts_nothing():
 def test_selection_costs_what_its_products_cost_and_little_more():
     """The products of queries and mean keys alone are (n + 1) / n units below the diagonal and 2 on the whole map."""
     causal, whole = selection_cost(block=64, width=64, length=64 * 16)
-    assert 17 / 16 < causal < 1.3
+    assert 17 / 16 < causal < 1.4  # keys become float32 for their means: .06 where tiles see eight blocks
     assert 2 < whole < 2.5
     assert selection_cost(block=128, width=128, length=128 * 16)[0] < causal  # the rest does not grow with the width
 

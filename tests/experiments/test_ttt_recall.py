@@ -13,6 +13,7 @@ from rollax.experiments import ttt_recall
 from rollax.experiments.harness import study
 from rollax.experiments.ttt_mechanism import MEMORIES, recall_by_age
 from rollax.kernels.ttt import lact_init, lact_step
+from rollax.tests.support import compiled
 
 SMALL = ttt_recall.Config(study="recall", length=48, facts=12, questions=4, width=16, window=8, layers=2)
 TINY = ttt_recall.Config(
@@ -136,8 +137,16 @@ def test_what_a_stream_must_keep():
 
 def test_costs_are_measured_and_shown():
     costs = ttt_recall.measure_cost(dataclasses.replace(SMALL, layers=1), ttt_recall.ARMS["window"])
-    assert min(costs["ms"]) > 0 and costs["KiB to go on"] == [4 * 2 * 16 * 7 / 1024] * 3
+    assert min(costs["ms"]) > 0 and costs["KiB to go on"] == [4 * 2 * 16 * 7 / 1024] * 4
     assert costs["MiB held"] == sorted(costs["MiB held"])
+
+
+def test_full_attention_is_one_whatever_the_length():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 513, 2, 8)).astype(np.float32)
+    expected = compiled(functools.partial(jax.nn.dot_product_attention, is_causal=True))(q, k, v)
+    for length in (512, 513):
+        part = compiled(ttt_recall.full_attention)(*(x[:, :length] for x in (q, k, v)))
+        np.testing.assert_allclose(part, expected[:, :length], rtol=0, atol=5e-6)
 
 
 def test_a_run_writes_its_report(tmp_path):
