@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/prefill.py
     python experiments/benchmarks/prefill.py --lengths 2048 4096 8192 16384 32768
-    python experiments/benchmarks/prefill.py --lengths 32768 131072 --heads 32 --kv-heads 8 --width 128 \\
-        --dtype bfloat16 --sink 2 --window 4 --last-full 2  # on a GPU
+    python experiments/benchmarks/prefill.py --lengths 131072 --heads 32 --kv-heads 8 --width 128 \\
+        --dtype bfloat16 --sink 2 --window 20 --last-full 2  # on a GPU; density .05 (.02 with the paper's window of 4)
 
 One case a length, operator and peer. Ours are FlashPrefill ("sparse": scoring, selection and attention, arXiv
 2603.06199), its V2 ("packed": one list for the query heads of a key head, with the mean correction, arXiv 2608.19758;
