@@ -4,7 +4,7 @@ from rollax.agents.async_loop import Service, Trace, Turn, session_service, simu
 from rollax.agents.critic import Critic, ValueBatch, critic, pretrain_critic, value_head_init, values_before, values_of
 from rollax.agents.generation import Generation, Sampling, generate
 from rollax.agents.host_rollout import host_demonstrate, host_rollout, host_sampler
-from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary
+from rollax.agents.language_model import LanguageModel, repeat_rows, restrict_vocabulary, sparse_prefill
 from rollax.agents.pretrained import Pretrained, load_pretrained, save_pretrained
 from rollax.agents.prior_fitted import (
     HeadConfig,
@@ -137,6 +137,7 @@ __all__ = [
     "session_service",
     "simulate",
     "simutil_scores",
+    "sparse_prefill",
     "state_shardings",
     "table_retrieve",
     "table_scores",

@@ -231,7 +231,7 @@ def generate(
     prefix: jax.Array | None = None,
     early_exit: bool = True,
 ) -> Generation:
-    """Continues ragged prompts: prefill and decode in one program.
+    """Continues ragged prompts: prefill and decode in one program; prompts sparsely where `model.prefill` says so.
 
     Args:
       keys: one key per generated row, `[P * samples]`.

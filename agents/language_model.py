@@ -10,6 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rollax.kernels.flash_prefill import (
+    FlashPrefillConfig,
+    PackedPrefillConfig,
+    flash_prefill,
+    flash_prefill_packed,
+)
 from rollax.kernels.linear_log_prob import linear_log_prob
 
 
@@ -33,9 +39,8 @@ class LanguageModel(NamedTuple):
       for_decoding: `for_decoding(params) -> params`, the form that one-token steps run fastest on (a stack of layers
         taken apart); all functions take both forms.
       prefill: the causal attention of fresh prompts when text is generated: `prefill(q[B, T, H, d], k[B, T, K, d], v,
-        length[B]) -> [B, T, H, d]`, of which `length` tokens count, such as a vmap of `kernels.flash_prefill`'s
-        `lambda q, k, v, n: flash_prefill(q, k, v, cfg, length=n)[0]`; its alpha may be traced. None for the dense
-        attention that training and decoding have in any case. Set it on the sampler by `model._replace(prefill=...)`.
+        length[B]) -> [B, T, H, d]`, of which `length` tokens count. None for the dense attention that training and
+        decoding have in any case. On the sampler: `model._replace(prefill=sparse_prefill(cfg))`.
     """
 
     init: Callable[..., Any]
@@ -47,6 +52,16 @@ class LanguageModel(NamedTuple):
     vocab_size: int
     for_decoding: Callable[[Any], Any] = lambda params: params
     prefill: Callable[..., jax.Array] | None = None
+
+
+def sparse_prefill(cfg: FlashPrefillConfig | PackedPrefillConfig, **options) -> Callable[..., jax.Array]:
+    """FlashPrefill as a `LanguageModel.prefill`: version 1 or 2, by the type of `cfg`; its alpha may be traced.
+
+    Args:
+      options: of `kernels.flash_prefill.flash_prefill` or `flash_prefill_packed`, such as `implementation`.
+    """
+    operator = flash_prefill if isinstance(cfg, FlashPrefillConfig) else flash_prefill_packed
+    return jax.vmap(lambda q, k, v, length: operator(q, k, v, cfg, length=length, **options)[0])
 
 
 def repeat_rows(cache: Any, times: int) -> Any:

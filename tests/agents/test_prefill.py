@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 
 from rollax import envs
-from rollax.agents import rollout, score, tabular
+from rollax.agents import rollout, score, sparse_prefill, tabular
 from rollax.agents.generation import Sampling, generate
 from rollax.agents.transformer import TransformerConfig, transformer
-from rollax.kernels.flash_prefill import (
-    FlashPrefillConfig,
-    PackedPrefillConfig,
-    flash_prefill,
-    flash_prefill_packed,
-)
+from rollax.kernels.flash_prefill import FlashPrefillConfig, PackedPrefillConfig
 
 CONFIG = TransformerConfig(vocab_size=23, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
 WIDTH, NEW = 45, 4
@@ -30,14 +25,12 @@ CHOICE = dict(block_size=8, sink_blocks=1, window_blocks=1)
 
 def v1(alpha, implementation="reference"):
     cfg = FlashPrefillConfig(alpha=alpha, last_full_blocks=0, **CHOICE)
-    operator = partial(flash_prefill, cfg=cfg, implementation=implementation)
-    return jax.vmap(lambda q, k, v, length: operator(q, k, v, length=length)[0])
+    return sparse_prefill(cfg, implementation=implementation)
 
 
 def packed(alpha, correction=True, implementation="reference"):
     cfg = PackedPrefillConfig(alpha=alpha, tile_rows=16, last_full_tiles=0, **CHOICE)
-    operator = partial(flash_prefill_packed, cfg=cfg, correction=correction, implementation=implementation)
-    return jax.vmap(lambda q, k, v, length: operator(q, k, v, length=length)[0])
+    return sparse_prefill(cfg, correction=correction, implementation=implementation)
 
 
 @cache
