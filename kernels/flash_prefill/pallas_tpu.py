@@ -465,7 +465,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
                 first = lax.broadcasted_iota(jnp.int32, means.shape, 1) < D // 2
                 x, low = exact_sum(*(dot(queries, jnp.where(half, means, 0), (1, 1)) for half in (first, ~first)))
             else:
-                x, low = dot(queries, means, (1, 1)), 0.0
+                x = dot(queries, means, (1, 1))
             if masked:
                 ids = j * wide + lax.broadcasted_iota(jnp.int32, (1, wide), 1)
                 need = group * (ids * block + token - offset) - number * tile

@@ -72,7 +72,7 @@ def seen_blocks(offset, length, rows: int, n: int, *, tile, block, group, rule):
     return valid[..., None] & (position[..., None] >= j * block) & (j < active[..., None])
 
 
-def two_part_product(equation: str, q, kbar):
+def product_in_parts(equation: str, q, kbar):
     """(x, low): <q, kbar> is x + low. A float32 rounds a logit of 20 by 1e-6, and so would the exponential be.
 
     Tokens narrower than float32 are themselves rounded by more: one product, low is None.
@@ -109,7 +109,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
     """(sum, max) `[H, T, n]` of `BlockEnergy`."""
     H, R, _ = q.shape
     n = kbar.shape[1]
-    x, low = two_part_product("hrd,hnd->hrn", q, spread_heads(kbar, H))
+    x, low = product_in_parts("hrd,hnd->hrn", q, spread_heads(kbar, H))
     seen = seen_blocks(offset, length, R, n, tile=tile, block=block, group=group, rule=rule)
     x, low, seen = jax.tree.map(lambda x: x.reshape(H, R // tile, tile, n), (jnp.where(seen, x, NEVER), low, seen))
     below, top, rest = below_top(x, low, axis=2)

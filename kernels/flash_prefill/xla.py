@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rollax.kernels.backends import alike, product
-from rollax.kernels.flash_prefill.reference import LOG2_E, NEVER, below_top, two_part_product, wide
+from rollax.kernels.flash_prefill.reference import LOG2_E, NEVER, below_top, product_in_parts, wide
 
 LOWEST = -5e29  # where a running maximum starts: 2^(NEVER - LOWEST) is 0
 UNSEEN = 1e30  # lse of a row without keys in the backward pass: its weights are 0
@@ -188,7 +188,7 @@ def energy(q, kbar, offset, length, *, tile, scale, **static):
         limit = jnp.minimum(block_limits(offset, length, head, tiles, tile=tile, **static), n)
 
         def step(chunk, state):
-            x, low = two_part_product("rd,nd->rn", rows, kbar[head // (H // HK) * chunks + chunk])
+            x, low = product_in_parts("rd,nd->rn", rows, kbar[head // (H // HK) * chunks + chunk])
             x, low = jax.tree.map(lambda x: x.reshape(high, tile, wide), (x, low))
             seen = chunk * wide + jnp.arange(wide) < limit[..., None]
             below, top, rest = below_top(jnp.where(seen, x, NEVER), low, axis=1)

@@ -377,7 +377,7 @@ def lact_step(state, q, k, v, lr, mom=None, *, chunk, rule=TRAINED, implementati
 
     Args:
       state: from `lact_init` or an earlier call; streams of the batch may stand at different places.
-      q, k, v: `[B, H, T, d]`.
+      q, k, v: `[B, H, T, d]`, of one type in all calls: what waits is rounded to it.
       lr: `[B, H, T, 3]`, rates for w0, w1, w2.
       mom: `[B, H, T]`, None without momentum.
       chunk: as in `lact_init`.
