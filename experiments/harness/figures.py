@@ -130,7 +130,8 @@ def draw_curves(axis: "Axes", panel: Panel, look: dict[str, Look]) -> None:
         if values.ndim != 2 or values.shape[1] != len(x) or not values.shape[0]:
             raise ValueError(f"panel.curves[{arm!r}]: expected [seeds, {len(x)}], got {list(values.shape)}")
         mean, half = interval(values[:, shown])
-        (line,) = axis.plot(x[shown], mean, **line_style(look[arm]), gid=f"arm{index[arm]}-line")
+        above = 3 - index[arm] / len(look)  # the first arm lies above the others, where curves meet
+        (line,) = axis.plot(x[shown], mean, **line_style(look[arm]), zorder=above, gid=f"arm{index[arm]}-line")
         if len(x) == 1:
             line.set_marker("o")
         band = axis.fill_between(x[shown], mean - half, mean + half, color=look[arm].colour, linewidth=0)

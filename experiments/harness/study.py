@@ -72,6 +72,7 @@ class Study(NamedTuple):
       traced: fields of `Config` that `build` passes on in `rows` alone, so that a sweep over them needs no new program.
       order: rows in the order of their colours.
       smoke: arguments that make a run of seconds, for `reproduce --smoke`.
+      tables: more of them, for the report alone: `tables(results) -> {title: Table}`.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Study(NamedTuple):
     traced: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
     smoke: tuple[str, ...] = ()
+    tables: Callable[[Results], dict[str, Table]] = lambda results: {}
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> None:
@@ -169,8 +171,9 @@ def report(study: Study, folder: RunFolder, configs: dict, everything: dict[str,
         show(section.title, section.table.head, section.table.lines)
         if judged:
             show(f"{label}: claims", VERDICT_HEAD, verdict_lines(judged))
-        compared = comparison(study, label, results)
-        sections += [section, *compared]
+        tables = enumerate(study.tables(results).items(), 1)
+        more = [Section(f"{label}_{i}", f"{label}: {title}", table, (), ()) for i, (title, table) in tables]
+        sections += [section, *more, *comparison(study, label, results)]
         saved[label] = {
             "claims": [verdict.as_dict() for verdict in judged],
             "rows": {row: {name: f(results, row) for name, f in study.columns.items()} for row in results.train},

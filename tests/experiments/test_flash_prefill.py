@@ -279,6 +279,25 @@ def test_curves_are_read_at_equal_density():
     assert np.isnan(at_alpha(results, "one", "recall", "max", 0.3)).all()
 
 
+def test_tables_say_where_every_setting_stands():
+    row = made_up(lambda rule: [0.2, 0.4, 0.7], lambda rule: [0.5, 0.7, 0.9], "accuracy")
+    found = STUDY.tables(Results({"one": row, "two": row}, {}, np.arange(2), {}))
+    assert list(found) == ["relative L2 error of the output @ density", "accuracy @ density"]
+    head, (dense, first, *lines) = found["accuracy @ density"]
+    assert head == ["rule", "setting", "one", "two"]
+    assert dense == ["dense", "", *["1.000 ± 0.000 @ 1.00"] * 2]
+    assert first == ["max", "alpha 0.5", *["0.501 ± 0.002 @ 0.20"] * 2]
+    assert lines[-1][:3] == ["window", "window 0.02", "0.901 ± 0.002 @ 0.70"]
+
+
+def test_a_network_that_has_not_learnt_gives_no_verdict():
+    row = made_up(lambda rule: [0.2, 0.4, 0.7], lambda rule: [0.1, 0.1, 0.1], "accuracy")
+    claim = next(claim for claim in CLAIMS if claim.name == "6b")
+    for dense, verdict in ((1.0, "holds"), (0.1, "inconclusive")):
+        rows = dict.fromkeys(claim.needs, row | {"accuracy/dense": np.full((3, 1, 1), dense)})
+        assert judge(claim, Results(rows, {}, np.arange(2), {})).verdict == verdict
+
+
 def test_a_curve_is_not_read_across_a_wide_gap():
     x, y = np.array([[1.0, 0.1, 0.3]]), np.array([[3.0, 1.0, 2.0]])
     np.testing.assert_allclose(at_share(x, y, 0.2), 1.5)
