@@ -57,6 +57,8 @@ class LanguageModel(NamedTuple):
 def sparse_prefill(cfg: FlashPrefillConfig | PackedPrefillConfig, **options) -> Callable[..., jax.Array]:
     """FlashPrefill as a `LanguageModel.prefill`: version 1 or 2, by the type of `cfg`; its alpha may be traced.
 
+    It reads what stands at the beginning: a `prefix` where generation has one, and the prompts themselves where not.
+
     Args:
       options: of `kernels.flash_prefill.flash_prefill` or `flash_prefill_packed`, such as `implementation`.
     """

@@ -103,7 +103,8 @@ def decode_attention(
     Args:
       q: `[B, H, d]`, already rotated; k, v: `[B, K, S, d]`, H a multiple of K; head h reads key head h // (H // K).
       length: integers `[B]` or one for all rows, may be traced: keys in use, the query's own included; beyond S it
-        counts as S, below 0 as 0.
+        counts as S, below 0 as 0. Slots beyond it, and masked ones, weigh 0 but are read as numbers: NaN or inf in
+        them can reach results and gradients (hiding them would cost a pass over the cache).
       mask: bool `[B, S]`, further keys to hide where False, such as padding.
       window: see no more than that many of the last keys, static; they are copied out of the cache first.
       scale: of the logits, static; None for d ** -0.5.

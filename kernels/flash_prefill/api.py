@@ -193,6 +193,12 @@ def check_qkv(q, k, v, *, same_length: bool = True) -> None:
         raise ValueError(f"q and k must not be empty, got {q.shape} and {k.shape}")
 
 
+def check_config(cfg, kind: type) -> None:
+    """Raises TypeError for a configuration of the other version."""
+    if not isinstance(cfg, kind):
+        raise TypeError(f"cfg must be a {kind.__name__}, got {cfg!r}")
+
+
 def check_count(name: str, value, most: int) -> None:
     """Raises ValueError unless it is an integer in [0, most]; traced values need only be integers."""
     if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
@@ -206,7 +212,7 @@ def scale_of(scale: float | None, width: int) -> float:
         return width**-0.5
     if isinstance(scale, jax.core.Tracer):
         raise ValueError(f"scale must be static, got a traced {scale.dtype}{list(scale.shape)}")
-    if jnp.ndim(scale) or not scale > 0:
+    if jnp.ndim(scale) or not float(scale) > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     return float(scale)
 
@@ -457,7 +463,9 @@ def flash_prefill(
       (out `[S, HQ, D]` in q's dtype, `PrefillStats`).
     Raises:
       ValueError: shapes that do not fit, slots or length out of range, an implementation that cannot take them.
+      TypeError: another `cfg`.
     """
+    check_config(cfg, FlashPrefillConfig)
     check_qkv(q, k, v)
     S, B = q.shape[0], cfg.block_size
     n = -(-S // B)
@@ -577,7 +585,9 @@ def flash_prefill_packed(
       (out `[S, HQ, D]` in q's dtype, `PrefillStats`).
     Raises:
       ValueError: shapes that do not fit, slots, prefix or length out of range, an implementation that cannot take them.
+      TypeError: another `cfg`.
     """
+    check_config(cfg, PackedPrefillConfig)
     check_qkv(q, k, v, same_length=False)
     (S, HQ, D), (SK, HK, _) = q.shape, k.shape
     B, group = cfg.block_size, HQ // HK

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Keep = Callable[[jax.Array, jax.Array], jax.Array]  # (score, visible) to bool, all [..., T, n]
 
@@ -44,6 +45,7 @@ def check_number(name: str, value, low, high=None) -> None:
         raise ValueError(f"{name} must be one number, got an array of shape {jnp.shape(value)}")
     if isinstance(value, jax.core.Tracer):
         return
+    value = np.asarray(value)  # comparing a jax.Array inside jit would be traced
     if not (value >= low and (high is None or value <= high)):
         bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {bounds}, got {value}")
@@ -283,10 +285,16 @@ def transpose_index(index: BlockIndex, slots: int | None = None, *, blocks: int 
 
     Args:
       slots: None for the number of tiles, which is always enough.
-      blocks: number of key blocks; None for the number of tiles (v1).
+      blocks: number of key blocks; None for the number of tiles (v1). Packed lists need theirs: an index does not say
+        how many there are, and ids beyond the number given are lost.
+    Raises:
+      ValueError: lists of more slots than blocks.
     """
-    tiles = index.index.shape[-2]
-    mask = index_mask(index.index, index.count, tiles if blocks is None else blocks)
+    tiles, listed = index.index.shape[-2:]
+    blocks = tiles if blocks is None else blocks
+    if blocks < listed:
+        raise ValueError(f"blocks must be at least the {listed} slots of a list, got {blocks}")
+    mask = index_mask(index.index, index.count, blocks)
     return compact_index(jnp.swapaxes(mask, -1, -2), tiles if slots is None else slots)
 
 
@@ -295,18 +303,22 @@ def density(selected, visible=None):
 
     Args:
       selected: mask bool `[..., T, n]` or `BlockIndex`.
-      visible: mask `[..., T, n]` that broadcasts to the selected one; None for the causal `[n, n]` of v1. Packed lists
-        need theirs: an index does not say how many blocks there are, and is taken for one of v1.
+      visible: mask `[..., T, n]` that broadcasts to the selected one along all axes but the last; None for the causal
+        `[n, n]` of v1. Packed lists need theirs: an index does not say how many blocks there are, and is taken for one
+        of v1.
     Raises:
-      ValueError: no `visible` for a mask of more tiles than blocks or fewer, or for an index of more slots than tiles.
+      ValueError: no `visible` for a mask of more tiles than blocks or fewer, or for an index of more slots than tiles;
+        a `visible` of another number of blocks than the mask, or of fewer than the slots of the index.
     """
-    count = selected.count if isinstance(selected, BlockIndex) else selected.sum(-1)
-    tiles = count.shape[-1]
+    listed = isinstance(selected, BlockIndex)
+    count = selected.count if listed else selected.sum(-1)
+    tiles, blocks = count.shape[-1], (selected.index if listed else selected).shape[-1]
     if visible is None:
-        listed = isinstance(selected, BlockIndex)
-        blocks = (selected.index if listed else selected).shape[-1]
         if blocks > tiles or (blocks < tiles and not listed):
             raise ValueError(f"visible must be given where tiles and blocks are not as many, got {tiles} and {blocks}")
         visible = dense_mask(tiles)
+    if visible.shape[-1] < blocks or (visible.shape[-1] > blocks and not listed):
+        most = "at least " if listed else ""
+        raise ValueError(f"visible must have {most}{blocks} blocks, got {visible.shape[-1]}")
     seen = jnp.broadcast_to(visible.sum(-1), count.shape)
     return count.sum(dtype=jnp.float32) / jnp.maximum(seen.sum(dtype=jnp.float32), 1)

@@ -10,6 +10,7 @@ and read while 2 D operations are done for each of its numbers. kernels/README.m
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rollax.kernels import backends
 from rollax.kernels.linear_log_prob.reference import reference
@@ -61,8 +62,8 @@ def linear_log_prob(
     Returns:
       (log_prob `[...]`, entropy `[...]`), both in nats and float32 at least.
     Raises:
-      ValueError: shapes that do not fit, targets that are no integers, chunk or columns below 1, an implementation that
-        there is not.
+      ValueError: shapes that do not fit, targets that are no integers, a temperature that is not positive (unless
+        traced), chunk or columns below 1, an implementation that there is not.
     """
     chosen = backends.resolve("linear_log_prob", implementation, {}, explain=explain)
     hidden, head, targets = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets)
@@ -74,7 +75,7 @@ def linear_log_prob(
         raise ValueError(f"targets must be integers, got {targets.dtype}")
     if jnp.ndim(temperature) != 0:
         raise ValueError(f"temperature must be a scalar, got shape {jnp.shape(temperature)}")
-    if isinstance(temperature, int | float) and not temperature > 0:
+    if not isinstance(temperature, jax.core.Tracer) and not np.asarray(temperature) > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     for name, value in (("chunk", chunk), ("columns", columns)):
         if value is not None and value < 1:

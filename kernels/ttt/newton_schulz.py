@@ -21,11 +21,12 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     """X_0 = g / (|g|_F + eps); X <- a X + (b A + c A A) X with A = X X^T, once for each (a, b, c) of `coeffs`.
 
     Maps matrices whose norm is well above `eps` to unit scale, and zero to zero. The gradient is exact and finite at
-    zero.
+    zero. The norm is formed in float32 at least, and its square must be finite: |g|_F up to 1.8e19.
 
     Args:
-      g: `[..., m, n]`, any leading axes.
+      g: `[..., m, n]`, floating point, any leading axes.
       coeffs: triples, static: `MUON5`, `FIXED5`, or others.
+      eps: positive, static.
       dtype: of the iteration, such as "bfloat16" (what the authors run, and what Hopper's kernel takes); None for that
         of g. Products of float32 are in "xla" at `jax.default_matmul_precision`: by default TF32 on a GPU, which is
         finer than bfloat16, and bfloat16 on a TPU.
@@ -34,7 +35,8 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     Returns:
       `[..., m, n]` in g's dtype.
     Raises:
-      ValueError: g is no matrix, coefficients that are no triples.
+      ValueError: g is no matrix, coefficients that are no triples, an eps that is traced or not positive, a g or dtype
+        that is not floating point.
     """
     g = jnp.asarray(g)
     coeffs = tuple(tuple(float(x) for x in triple) for triple in coeffs)
@@ -42,6 +44,11 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
         raise ValueError(f"g must be [..., m, n], got {g.shape}")
     if not coeffs or any(len(triple) != 3 for triple in coeffs):
         raise ValueError(f"coeffs must be triples (a, b, c), got {coeffs}")
+    if isinstance(eps, jax.core.Tracer) or not float(eps) > 0:
+        raise ValueError(f"eps must be positive and static, got {eps}")
+    for name, kind in (("g", g.dtype), ("dtype", jnp.dtype(dtype or g.dtype))):
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {kind}")
     dtype = None if dtype is None else jnp.dtype(dtype).name
     implementation = named(implementation, impl)
     ask = asking(implementation, lambda kernels: kernels.newton_schulz_refusal(g, coeffs, dtype))
@@ -87,16 +94,17 @@ def step_back(d, x, triple):
 
 
 def normalise(g, eps, dtype):
-    """(g / (|g|_F + eps) in `dtype` (None: g's), the norm `[..., 1, 1]` in g's)."""
-    norm = jnp.sqrt(jnp.sum(g * g, (-2, -1), keepdims=True))
-    return (g / (norm + eps)).astype(dtype or g.dtype), norm
+    """(g / (|g|_F + eps) in `dtype` (None: g's), the norm `[..., 1, 1]` in float32 at least)."""
+    wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))  # squares of float16 end at 255
+    norm = jnp.sqrt(jnp.sum(wide * wide, (-2, -1), keepdims=True))
+    return (wide / (norm + eps)).astype(dtype or g.dtype), norm
 
 
 def through_norm(g, d, norm, eps):
     """Cotangent of g from that of g / (norm + eps)."""
-    d = d.astype(g.dtype)
+    dtype, g, d = g.dtype, g.astype(norm.dtype), d.astype(norm.dtype)
     along = jnp.sum(g * d, (-2, -1), keepdims=True)
-    return d / (norm + eps) - g * along / (jnp.where(norm > 0, norm, 1) * (norm + eps) ** 2)
+    return (d / (norm + eps) - g * along / (jnp.where(norm > 0, norm, 1) * (norm + eps) ** 2)).astype(dtype)
 
 
 def iterates(x, coeffs, step=step):

@@ -33,6 +33,7 @@ def test_from_command_line_to_report(tmp_path, capsys):
     table = pyarrow.parquet.read_table(folder / "metrics.parquet")
     assert table.num_rows == 2 * 4 * 13  # rows, seeds, updates and the start
     assert "where it ended" in (folder / "report.html").read_text()
+    assert "toy: places &amp; rows" in (folder / "report.html").read_text()
     said = capsys.readouterr().out
     assert all(word in said for word in ("T1", "12/12", "updates/s", "compiled in", str(folder)))
     report = (folder / "report.html").read_bytes()

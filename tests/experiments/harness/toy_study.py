@@ -12,7 +12,7 @@ from rollax.experiments.harness.claims import Claim
 from rollax.experiments.harness.command_line import Options, parse
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, Train, final, gap
-from rollax.experiments.harness.report import Episode
+from rollax.experiments.harness.report import Episode, Table
 from rollax.experiments.harness.study import Build, Study, main
 
 
@@ -97,6 +97,7 @@ STUDY = Study(
     panels=panels,
     traced=Numbers._fields,
     smoke=("--updates", "4"),
+    tables=lambda results: {"places & rows": Table(["row"], [[row] for row in results.train])},
 )
 
 if __name__ == "__main__":
