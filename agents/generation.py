@@ -237,8 +237,8 @@ def generate(
       keys: one key per generated row, `[P * samples]`.
       tokens: prompts `[P, T]`, right-padded, of which `lengths` `[P]` count.
       samples: continuations of each prompt; row `p * samples + g` continues prompt p. Prompts are prefilled once.
-      prefix: ids `[F]` that stand before every prompt, computed once. With it `model.prefill` reads the prefix alone, and
-        the prompts behind it are dense.
+      prefix: ids `[F]` that stand before every prompt, computed once. With it `model.prefill` reads the prefix
+        alone, and the prompts behind it are dense.
       stop_ids, pad_id, sampling, early_exit: see `decode`.
     Returns:
       A `Generation` of P * samples rows.

@@ -42,7 +42,7 @@ from rollax.agents import (
 )
 from rollax.envs import Environment
 from rollax.experiments.harness.claims import Claim
-from rollax.experiments.harness.command_line import Options, one_line_errors, parse
+from rollax.experiments.harness.command_line import Options, glance, one_line_errors, parse
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.language_task import load_language_task
 from rollax.experiments.harness.loop import Results, Train, early, final, gap, late
@@ -708,7 +708,7 @@ def panels(results: Results) -> list[Panel]:
 
 def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     """The command line, read once for each model over the defaults of its preset; by the model's name."""
-    model = parse(Config(), __doc__, argv, check=False).model
+    model = glance(Config(), argv).model
     models = SMALL if model == "both" else (model,)
     kinds = [model if model in SMALL else "pretrained" for model in models]
     defaults = [Config(**{"model": model} | PRESETS[kind]) for model, kind in zip(models, kinds, strict=True)]

@@ -26,7 +26,7 @@ from rollax import objectives
 from rollax.agents import LanguageModel, TransformerConfig, transformer
 from rollax.agents.language_model import features, logits_of
 from rollax.experiments.harness.claims import Claim
-from rollax.experiments.harness.command_line import Options, one_line_errors, parse
+from rollax.experiments.harness.command_line import Options, glance, one_line_errors, parse
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, Train
 from rollax.experiments.harness.report import Table, cell
@@ -153,7 +153,7 @@ BOUNDS = {
 PRESETS: dict[str, dict[str, Any]] = {
     "planted": dict(seeds=8),
     "recall": dict(
-        block=16, length=1024, width=64, alpha=(0.03, 0.1, 0.15, 0.2, 0.35, 0.5, 0.8, 1.0),
+        block=16, length=1024, width=64, alpha=(0.03, 0.1, 0.15, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0),
         top_k=(0.01, 0.05, 0.1, 0.2, 0.35, 0.6), top_p=(0.01, 0.3, 0.6, 0.7, 0.8, 0.9, 0.97), window=(2, 8, 16, 24, 40),
     ),
 }  # fmt: skip
@@ -628,7 +628,7 @@ def tables(results: Results) -> dict[str, Table]:
 
 def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     """The command line, read once for each part over the defaults of its preset; by the part's name."""
-    part = parse(Config(), __doc__, argv, check=False).part
+    part = glance(Config(), argv).part
     parsed = {}
     with one_line_errors():
         for name in PARTS if part == "all" else (part,):

@@ -23,7 +23,7 @@ import numpy as np
 
 from rollax.envs.persona_chat import PERSONAS
 from rollax.experiments.harness.claims import Claim
-from rollax.experiments.harness.command_line import Options, one_line_errors, parse
+from rollax.experiments.harness.command_line import Options, glance, one_line_errors, parse
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, final, gap
 from rollax.experiments.harness.study import Build, Study, main
@@ -504,7 +504,7 @@ def pleased_share(told: dict[str, np.ndarray], window: int = 8) -> np.ndarray:
 
 def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     """The command line, read once for each part over the defaults of its preset; by the part's name."""
-    part = parse(Config(), __doc__, argv, check=False).part
+    part = glance(Config(), argv).part
     parts = PARTS if part == "all" else (part,)
     configs = {}
     for part in parts:

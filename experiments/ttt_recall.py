@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from rollax.experiments.harness.claims import Claim
-from rollax.experiments.harness.command_line import Options, one_line_errors, parse
+from rollax.experiments.harness.command_line import Options, glance, one_line_errors, parse
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, Train, final, gap
 from rollax.experiments.harness.report import Episode
@@ -90,7 +90,8 @@ class Config(Options):
     def check(self) -> None:
         """Raises ValueError for values that cannot work, before anything is computed."""
         super().check()
-        for field in ("seeds", "updates", "chunk", "batch", "questions", "values", "layers", "window", "eval_streams"):
+        sizes = ("batch", "questions", "values", "width", "heads", "layers", "window", "eval_streams")
+        for field in ("seeds", "updates", "chunk", *sizes):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
         if unknown := set(self.arms) - set(ARMS):
@@ -663,7 +664,7 @@ def panels(results: Results) -> list[Panel]:
 
 def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     """The command line over the defaults of each study: only networks are trained."""
-    study = parse(Config(), __doc__, argv, check=False).study
+    study = glance(Config(), argv).study
     presets = {
         "mechanism": Config(study="mechanism", seeds=12, updates=4, chunk=4),
         "recall": Config(study="recall"),

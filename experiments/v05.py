@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rollax.experiments.harness.claims import Claim
-from rollax.experiments.harness.command_line import Options, one_line_errors, parse
+from rollax.experiments.harness.command_line import Options, glance, one_line_errors, parse
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, final, gap, late
 from rollax.experiments.harness.study import Build, Study, main
@@ -344,7 +344,7 @@ FIGURE = ("grpo_4", "grpo_16", "grpo_4, wide", "dapo_16", "static_4, v0", "osla,
 
 def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     """The command line, read once for each part over the defaults of its preset; by the part's name."""
-    part = parse(Config(), __doc__, argv, check=False).part
+    part = glance(Config(), argv).part
     parts = PARTS if part == "all" else (part,)
     configs = {}
     for part in parts:

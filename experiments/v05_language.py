@@ -38,7 +38,7 @@ from rollax.agents import (
 )
 from rollax.agents.value_model import context_for, empty_records, record, v0_from_features
 from rollax.experiments.harness.claims import Claim
-from rollax.experiments.harness.command_line import Options, one_line_errors, parse
+from rollax.experiments.harness.command_line import Options, glance, one_line_errors, parse
 from rollax.experiments.harness.figures import Panel
 from rollax.experiments.harness.loop import Results, Train, final, gap
 from rollax.experiments.harness.report import Episode
@@ -565,7 +565,7 @@ def panels(results: Results) -> list[Panel]:
 
 def configs_of(argv: Sequence[str] | None = None) -> dict[str, Config]:
     """The command line over the defaults of the model's preset."""
-    model = parse(Config(), __doc__, argv, check=False).model
+    model = glance(Config(), argv).model
     preset = PRESETS["small" if model == "transformer" else "pretrained"]
     config = parse(Config(**{"model": model} | preset), __doc__, argv, check=False)
     with one_line_errors():

@@ -19,8 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rollax.agents.transformer import attend
-from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, interleave, publish, seconds_of
-from rollax.experiments.harness.command_line import parse
+from rollax.experiments.benchmarks.timing import (
+    Row,
+    check_implementation,
+    compile_timed,
+    duel,
+    interleave,
+    publish,
+    seconds_of,
+)
+from rollax.experiments.harness.command_line import one_line_end, parse
 from rollax.experiments.harness.report import show
 from rollax.kernels.decode_attention import decode_attention
 
@@ -66,6 +74,9 @@ class Config:
             raise ValueError(f"fills: expected numbers in (0, 1], got {self.fills}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads: expected a multiple of kv_heads {self.kv_heads}, got {self.heads}")
+        if not self.dtypes or set(self.dtypes) - {"float32", "bfloat16", "float16"}:
+            raise ValueError(f"dtypes: expected some of float32, bfloat16 and float16, got {self.dtypes}")
+        check_implementation(self.implementation)
 
 
 def lengths(batch: int, slots: int, fill: float) -> jax.Array:
@@ -163,6 +174,7 @@ def roofline(row: Row) -> list[str]:
     return [row.case, f"{row.notes['bytes'] / 2**20:,.0f} MiB", text]
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     stream = bandwidth(config.repeats)

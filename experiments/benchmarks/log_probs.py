@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, publish, seconds_of
-from rollax.experiments.harness.command_line import parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 from rollax.kernels.linear_log_prob import linear_log_prob
 
 
@@ -45,6 +45,8 @@ class Config:
             value = getattr(self, field)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {value}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
 
 
 def ours(hidden, head, targets):
@@ -105,6 +107,7 @@ def measure(config: Config, vocabulary: int, step: str, name: str, peer: Callabl
     )
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     rows = [

@@ -13,9 +13,14 @@ One case a length, operator and peer. Ours are FlashPrefill ("sparse": scoring, 
 only: it needs torch, and the folder `ops` of a checkout of github.com/qhfan/FlashPrefill on PYTHONPATH
 (XLA_PYTHON_CLIENT_PREALLOCATE=false leaves it memory). A peer that cannot run is left out, with the reason.
 
-The JSON file also has the density, the error against dense attention, that against the peer of the same operator, the
-time of scoring as a share of the peer's, and the fraction of the speed of large matrix products (the roofline) that the
-attention to the blocks that are read reaches.
+The default heads have a structure (vertical, slash, blocks, in turn); `--kinds` also takes the noisy and the diffuse
+head of `experiments/flash_prefill.py`. `--gradient` times the forward pass with the backward pass.
+
+Printed beside the table and in the JSON file are the density, the error against dense attention, that against the peer
+of the same operator (of the output, and the largest of the three gradients), the time of scoring and selection as a
+share of that row's peer, and the fraction of the speed of large matrix products (the roofline) that the attention to
+the blocks that are read reaches. The share is of dense attention, under `--gradient` of both its passes, though scoring
+belongs to the forward pass; with "triton" it is of the authors' whole operator, which scores too.
 """
 
 import importlib.metadata
@@ -31,15 +36,17 @@ import numpy as np
 
 from rollax.experiments.benchmarks.timing import (
     Row,
+    check_implementation,
     compile_timed,
     duel,
     interleave,
     peak_operations,
     publish,
     seconds_of,
+    show_notes,
 )
 from rollax.experiments.flash_prefill import HEADS, planted_head
-from rollax.experiments.harness.command_line import parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 from rollax.kernels.flash_prefill import (
     FlashPrefillConfig,
     PackedPrefillConfig,
@@ -60,7 +67,7 @@ class Config:
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
     """Tokens of the prompt, one case each; multiples of `block`."""
     kinds: tuple[str, ...] = ("vertical", "slash", "blocks")
-    """Planted patterns, in turn over the heads."""
+    """Planted patterns, in turn over the heads: also "noisy blocks" and "diffuse", which has none."""
     heads: int = 3
     """Query heads."""
     kv_heads: int = 0
@@ -111,6 +118,7 @@ class Config:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
         if set(self.peers) - set(PEERS):
             raise ValueError(f"peers: expected some of {tuple(PEERS)}, got {self.peers}")
+        check_implementation(self.implementation)
         self.selection()
         self.packed_selection()
 
@@ -164,12 +172,16 @@ def peers_of(config: Config) -> tuple[str, ...]:
 
 
 class Program(NamedTuple):
-    """Something to time: `run(q, k, v)`, the seconds before it could, its output `[S, H, D]` and density."""
+    """Something to time: `run(q, k, v)`, the seconds before it could, its output `[S, H, D]` and density.
+
+    gradients: of q, k and v, where it is they that are timed.
+    """
 
     run: Callable
     compile_seconds: float
     out: jax.Array
     density: float = 1.0
+    gradients: tuple[jax.Array, ...] = ()
 
 
 def jax_program(attention: Callable, arguments, gradient: bool) -> Program:
@@ -177,7 +189,7 @@ def jax_program(attention: Callable, arguments, gradient: bool) -> Program:
     loss = lambda *x: jnp.sum(attention(*x)[0].astype(jnp.float32) ** 2)  # noqa: E731
     run, seconds = compile_timed(jax.grad(loss, argnums=(0, 1, 2)) if gradient else attention, *arguments)
     out, density = (jax.jit(attention) if gradient else run)(*arguments)
-    return Program(run, seconds, out, float(density))
+    return Program(run, seconds, out, float(density), run(*arguments) if gradient else ())
 
 
 def triton_program(cfg: FlashPrefillConfig, arguments, gradient: bool) -> Program:
@@ -197,6 +209,16 @@ def triton_program(cfg: FlashPrefillConfig, arguments, gradient: bool) -> Progra
 
     seconds = seconds_of(run)
     return Program(run, seconds, jnp.from_dlpack(out)[0])
+
+
+def errors(ours: Program, theirs: Program, kind: str) -> dict[str, float]:
+    """The norm of the difference over that of theirs: of the output, and the largest of the gradients."""
+    norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32))  # noqa: E731
+    far = lambda a, b: float(norm(a - b) / norm(b))  # noqa: E731
+    found = {f"{kind}_error": far(ours.out, theirs.out)}
+    if ours.gradients:
+        found[f"{kind}_gradient_error"] = max(map(far, ours.gradients, theirs.gradients))
+    return found
 
 
 def planted(config: Config, length: int):
@@ -264,7 +286,6 @@ def measure(length: int, config: Config, peak: float) -> list[Row]:
     scored, _ = compile_timed(scoring, q, k)
     peers = rivals(config, length, arguments)
     scorings = interleave({"scoring": lambda: seconds_of(scored, q, k)}, config.repeats)["scoring"]
-    far = lambda a, b: float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b.astype(jnp.float32)))  # noqa: E731
     pairs = n * (n + 1) / 2 * config.block**2 * config.heads  # of queries and keys in the blocks of dense attention
     rows = []
     for name, mine in ours.items():
@@ -283,13 +304,13 @@ def measure(length: int, config: Config, peak: float) -> list[Row]:
             operations = (14 if config.gradient else 4) * pairs * mine.density * config.width
             notes = {
                 "density": mine.density,
-                "relative_error": far(mine.out, ours["dense"].out),
+                **errors(mine, ours["dense"], "relative"),
                 "roofline_fraction": operations / float(np.median(row.ours)) / peak,
             }
             if peer:
                 notes["scoring_share"] = float(np.median(scorings) / np.median(row.peer))
             if peer and name == ("sparse" if peer == "triton" else "dense"):
-                notes["peer_error"] = far(mine.out, theirs.out)
+                notes |= errors(mine, theirs, "peer")
             rows.append(row._replace(notes=notes))
     return rows
 
@@ -300,12 +321,12 @@ def version_of(peer: str) -> str:
     return importlib.metadata.version("tokamax") if peer == "tokamax" else jax.__version__
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     peak = peak_operations(config.dtype, config.repeats)
     rows = [row for length in config.lengths for row in measure(length, config, peak)]
-    for row in rows:
-        print(f"{row.case}: " + ", ".join(f"{name.replace('_', ' ')} {x:.3g}" for name, x in row.notes.items()))
+    show_notes(rows, peak)
     ran = dict.fromkeys(row.case.split(", ")[-1] for row in rows if row.peer)
     publish("prefill", rows, config, {name: version_of(name) for name in ran}, config.out)
 

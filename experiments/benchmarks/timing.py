@@ -18,6 +18,7 @@ import numpy as np
 
 from rollax.experiments.harness.report import show
 from rollax.experiments.harness.run_folder import plain, versions
+from rollax.kernels.backends import KERNEL_OF
 
 HEAD = ("case", "ours", "peer", "unit", "ratio", "quartiles", "ours compiles", "peer compiles")
 
@@ -58,6 +59,15 @@ class Row(NamedTuple):
             "ratio": median,
             "ratio_quartiles": [lower, upper],
         }
+
+
+def check_implementation(name: str) -> None:
+    """Raises ValueError for no implementation of a kernel, or another platform's; "" is the best here."""
+    platform = jax.default_backend()
+    kernels = ("pallas", KERNEL_OF[platform]) if platform in KERNEL_OF else ()
+    names = ("reference", "xla", "interpret", *kernels)
+    if name and name not in names:
+        raise ValueError(f"implementation: expected one of {', '.join(names)} on this {platform}, got {name!r}")
 
 
 def compile_timed(function: Callable, *args, repeats: int = 1) -> tuple[Callable, float]:
@@ -145,6 +155,13 @@ def lines_of(rows: Sequence[Row]) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def show_notes(rows: Sequence[Row], peak: float) -> None:
+    """Prints the roof, operations a second, and the notes of each row, which are numbers."""
+    print(f"roofline: {peak / 1e9:,.0f} GFLOP/s")
+    for row in rows:
+        print(f"{row.case}: " + ", ".join(f"{name.replace('_', ' ')} {x:.3g}" for name, x in row.notes.items()))
 
 
 def publish(name: str, rows: Sequence[Row], config: Any, peer_versions: dict[str, str], out: str = "") -> Path:

@@ -7,9 +7,9 @@
 One case a memory, pass and scan. TTT (arXiv 2407.04620) has two straightforward scans, both with inner gradients by
 autodiff: "primal" takes a mini-batch at a time and holds the fast weights of each of its tokens, "tokens" goes token
 by token. LaCT (arXiv 2505.23884) has one, chunk by chunk with an autodiff pass for every matrix. Both sides get the
-same arrays and must give the same numbers. The JSON file also has the roofline fraction: operations by the cost model
-of the dual form and of the chunk update, a backward pass counted as two forward passes, over the speed of large
-matrix products.
+same arrays and must give the same numbers. Printed beside the table and in the JSON file are the error against the
+peer, relative and the most of any array, and the roofline fraction: operations by the cost model of the dual form and
+of the chunk update, a backward pass counted as two forward passes, over the speed of large matrix products.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, peak_operations, publish, seconds_of
-from rollax.experiments.harness.command_line import parse
+from rollax.experiments.benchmarks.timing import (
+    Row,
+    check_implementation,
+    compile_timed,
+    duel,
+    peak_operations,
+    publish,
+    seconds_of,
+    show_notes,
+)
+from rollax.experiments.harness.command_line import one_line_end, parse
 from rollax.kernels import ttt
 from rollax.kernels.ttt.reference import fast_model, layer_norm
 
@@ -73,6 +82,7 @@ class Config:
             raise ValueError(f"lact_heads: expected a divisor of {self.heads * self.width}, got {self.lact_heads}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        check_implementation(self.implementation)
 
 
 def token_scan(q, k, v, eta_pos, gate, params, ln, *, mini_batch):
@@ -187,13 +197,12 @@ def measure(name: str, length: int, config: Config, peak: float) -> list[Row]:
     return rows
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     peak = peak_operations(config.dtype, config.repeats)
     rows = [row for length in config.lengths for name in config.cases for row in measure(name, length, config, peak)]
-    print(f"roofline: {peak / 1e9:,.0f} GFLOP/s")
-    for row in rows:
-        print(f"{row.case}: roofline fraction {row.notes['roofline_fraction']:.3g}")
+    show_notes(rows, peak)
     publish("ttt", rows, config, {"straightforward scans": jax.__version__} if config.peer else {}, config.out)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -72,6 +72,12 @@ def parse(default: Any, description: str, argv: list[str] | None = None, *, chec
     return config
 
 
+def glance(default: Any, argv: Sequence[str] | None = None) -> Any:
+    """`parse`, unchecked and deaf to --help: for a field that decides over what defaults the line is then parsed."""
+    words = sys.argv[1:] if argv is None else argv
+    return parse(default, "", [word for word in words if word not in ("-h", "--help")], check=False)
+
+
 def parse_known(kind: type, description: str, argv: list[str] | None = None) -> tuple[Any, list[str]]:
     """Reads a dataclass and leaves the options that it does not know, in order."""
     return read(kind, description, argv, return_unknown_args=True)
@@ -118,3 +124,14 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:  # a full disk, a file that is not there
             fail(": ".join(str(part) for part in (error.filename, error.strerror) if part))
         fail(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+@contextlib.contextmanager
+def one_line_end() -> Iterator[None]:
+    """`one_line_errors` around a whole program that has nothing to resume: Ctrl-C is one line too, exit status 130."""
+    try:
+        with one_line_errors():
+            yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

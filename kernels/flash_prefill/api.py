@@ -196,7 +196,7 @@ def check_qkv(q, k, v, *, same_length: bool = True) -> None:
 def check_config(cfg, kind: type) -> None:
     """Raises TypeError for a configuration of the other version."""
     if not isinstance(cfg, kind):
-        raise TypeError(f"cfg must be a {kind.__name__}, got {cfg!r}")
+        raise TypeError(f"cfg must be a {kind.__name__}, got a {type(cfg).__name__}")
 
 
 def check_count(name: str, value, most: int) -> None:
@@ -593,7 +593,7 @@ def flash_prefill_packed(
     B, group = cfg.block_size, HQ // HK
     length = S if length is None else length
     check_count("length", length, S)
-    tokens = 0 if isinstance(length, jax.core.Tracer) else length
+    tokens = 0 if isinstance(length, jax.core.Tracer) else int(length)
     if tokens > SK:
         raise ValueError(f"k must hold the prefix and the {tokens} tokens of q, got {SK}")
     check_count("prefix", prefix, SK - tokens)

@@ -26,7 +26,7 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     Args:
       g: `[..., m, n]`, floating point, any leading axes.
       coeffs: triples, static: `MUON5`, `FIXED5`, or others.
-      eps: positive, static.
+      eps: at least 0, static; with 0 a zero matrix becomes NaN.
       dtype: of the iteration, such as "bfloat16" (what the authors run, and what Hopper's kernel takes); None for that
         of g. Products of float32 are in "xla" at `jax.default_matmul_precision`: by default TF32 on a GPU, which is
         finer than bfloat16, and bfloat16 on a TPU.
@@ -35,7 +35,7 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     Returns:
       `[..., m, n]` in g's dtype.
     Raises:
-      ValueError: g is no matrix, coefficients that are no triples, an eps that is traced or not positive, a g or dtype
+      ValueError: g is no matrix, coefficients that are no triples, an eps that is traced or negative, a g or dtype
         that is not floating point.
     """
     g = jnp.asarray(g)
@@ -44,8 +44,8 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
         raise ValueError(f"g must be [..., m, n], got {g.shape}")
     if not coeffs or any(len(triple) != 3 for triple in coeffs):
         raise ValueError(f"coeffs must be triples (a, b, c), got {coeffs}")
-    if isinstance(eps, jax.core.Tracer) or not float(eps) > 0:
-        raise ValueError(f"eps must be positive and static, got {eps}")
+    if isinstance(eps, jax.core.Tracer) or not float(eps) >= 0:
+        raise ValueError(f"eps must be at least 0 and static, got {eps}")
     for name, kind in (("g", g.dtype), ("dtype", jnp.dtype(dtype or g.dtype))):
         if not jnp.issubdtype(kind, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {kind}")

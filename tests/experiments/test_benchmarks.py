@@ -263,3 +263,29 @@ def test_one_program_of_a_sweep_against_single_ones(tmp_path):
     config = sweep_speed.Config(deltas=("0.05",), lrs=("0.1", "0.2"), seeds=2, updates=2, repeats=1)
     row = sweep_speed.programs(config)
     assert row.work == 4 and row.as_dict()["ratio"] > 0
+
+
+@pytest.mark.parametrize("benchmark", KERNELS, ids=lambda module: module.__name__.split(".")[-1])
+def test_benchmarks_of_kernels_end_in_one_line(benchmark, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def says(argv):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(argv)
+        return stop.value.code, capsys.readouterr().err
+
+    expected = "implementation: expected one of reference, xla, interpret on this cpu, got"
+    for name in ("foo", "pallas", "pallas_tpu") if benchmark is not log_probs else ():
+        assert says(["--implementation", name]) == (2, f"error: {expected} {name!r}\n")
+    monkeypatch.setattr(benchmark, "parse", interrupted)
+    assert says([]) == (130, "interrupted\n")
+
+
+def test_errors_of_gradients_are_shown(capsys):
+    one, two = (prefill.Program(None, 0.0, x, 1.0, (x, 2 * x)) for x in (np.ones(4), np.array([1.0, 1, 1, 3])))
+    found = prefill.errors(two, one, "peer")
+    assert found == {"peer_error": 1.0, "peer_gradient_error": 1.0}
+    assert prefill.errors(two._replace(gradients=()), one, "relative") == {"relative_error": 1.0}
+    timing.show_notes([timing.Row("case", "s", 1.0, [], [], notes=found)], 3e9)
+    assert capsys.readouterr().out == "roofline: 3 GFLOP/s\ncase: peer error 1, peer gradient error 1\n"

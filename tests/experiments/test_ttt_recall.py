@@ -165,6 +165,8 @@ def test_a_run_writes_its_report(tmp_path):
         (["--arms", "rnn"], "arms: expected some of full, window"),
         (["--facts", "33"], "facts: expected 16 (questions) to 32, got 33"),
         (["--width", "30"], "width: expected a multiple of twice the 2 heads, got 30"),
+        (["--width", "0"], "width: expected at least 1, got 0"),
+        (["--heads", "0"], "heads: expected at least 1, got 0"),
         (["--chunk", "7"], "chunk: expected a divisor of updates=200, got 7"),
     ],
 )

@@ -219,3 +219,11 @@ def test_shard_map_over_tokens(inputs, implementation):
     together, alone = (jax.tree.leaves(total(f)(hidden, head)) for f in (sharded, run))
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [np.float32(0), np.zeros(()), jnp.zeros(())], ids=["scalar", "numpy", "jax"])
+def test_a_temperature_of_zero_in_any_form(inputs, zero):
+    call = lambda: linear_log_prob(*inputs, temperature=zero)  # noqa: E731
+    for one in (call, lambda: jax.eval_shape(call)):  # a constant of a traced program too
+        with pytest.raises(ValueError, match=r"temperature must be positive, got 0\.0"):
+            one()

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 import pytest
 
 from rollax.experiments.harness.command_line import Options as Surround
-from rollax.experiments.harness.command_line import first_message, one_line_errors, parse
+from rollax.experiments.harness.command_line import (
+    first_message,
+    glance,
+    one_line_end,
+    one_line_errors,
+    parse,
+)
 
 
 @dataclass(frozen=True)
@@ -96,3 +102,19 @@ def test_what_surrounds_a_run_is_checked(options, words):
     with pytest.raises(ValueError, match=words):
         Surround(**options).check()
     Surround(save_every=float("inf"), name="x").check()
+
+
+def test_a_glance_is_deaf_to_help_and_does_not_check():
+    assert glance(Options(), ["--lr", "-1", "--help"]) == Options(lr=-1.0)
+    assert glance(Options(lr=0.2), ["-h"]) == Options(lr=0.2)
+
+
+def test_a_program_ends_in_one_line(capsys):
+    @one_line_end()
+    def program(error):
+        raise error
+
+    for error, status, line in ((ValueError("no"), 2, "error: no\n"), (KeyboardInterrupt(), 130, "interrupted\n")):
+        with pytest.raises(SystemExit) as stop:
+            program(error)
+        assert (stop.value.code, capsys.readouterr().err) == (status, line)

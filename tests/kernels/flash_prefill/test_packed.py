@@ -10,9 +10,11 @@ import pytest
 from jax.test_util import check_grads
 
 from rollax.kernels.flash_prefill import (
+    FlashPrefillConfig,
     PackedPrefillConfig,
     api,
     dense_attention,
+    flash_prefill,
     flash_prefill_packed,
     mean_pool,
     packed_energy,
@@ -247,3 +249,11 @@ def test_bad_input(change, message):
 def test_mean_keys_that_do_not_fit(shape):
     with pytest.raises(ValueError, match=r"q must be \[S, HQ, D\] and kbar \[n, HK, D\], HQ a multiple of HK, got"):
         packed_energy(np.zeros((24, 6, 8)), np.zeros(shape), DENSE)
+
+
+def test_the_configuration_of_the_other_version():
+    other = FlashPrefillConfig(alpha=0.1)
+    with pytest.raises(TypeError, match="cfg must be a PackedPrefillConfig, got a FlashPrefillConfig"):
+        flash_prefill_packed(*random_qkv(), other)
+    with pytest.raises(TypeError, match="cfg must be a FlashPrefillConfig, got a PackedPrefillConfig"):
+        flash_prefill(*random_qkv(), DENSE)

@@ -290,3 +290,19 @@ def test_bad_input(make, message):
 def test_alpha_has_no_default():
     with pytest.raises(TypeError, match="alpha"):
         FlashPrefillConfig()
+
+
+def test_another_number_of_blocks():
+    index = compact_index(jnp.ones((5, 15), bool), 15)
+    with pytest.raises(ValueError, match="blocks must be at least the 15 slots of a list, got 5"):
+        transpose_index(index)
+    with pytest.raises(ValueError, match="visible must have at least 15 blocks, got 5"):
+        density(index, dense_mask(5))
+    with pytest.raises(ValueError, match="visible must have 5 blocks, got 1"):
+        density(dense_mask(5), jnp.ones((5, 1), bool))
+
+
+def test_numbers_of_jax_are_checked_inside_jit():
+    alpha = jnp.float32(2)
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2.0"):
+        jax.eval_shape(lambda: FlashPrefillConfig(alpha=alpha))

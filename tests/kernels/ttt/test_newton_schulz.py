@@ -45,3 +45,23 @@ def test_bad_arguments():
         newton_schulz(jnp.zeros(3))
     with pytest.raises(ValueError, match="coeffs must be triples"):
         newton_schulz(jnp.zeros((3, 3)), coeffs=((1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"g": np.zeros((3, 3), np.int32)}, "g must be floating point, got int32"),
+        ({"dtype": "int32"}, "dtype must be floating point, got int32"),
+        ({"eps": -1.0}, "eps must be at least 0 and static, got -1.0"),
+    ],
+)
+def test_types_and_eps(change, message):
+    with pytest.raises(ValueError, match=message):
+        newton_schulz(**{"g": np.zeros((3, 3), np.float32)} | change)
+    with pytest.raises(ValueError, match=r"eps must be at least 0 and static, got .*float32\[\]"):
+        jax.eval_shape(lambda eps: newton_schulz(jnp.zeros((3, 3)), eps=eps), 1e-7)
+
+
+def test_norms_beyond_the_squares_of_float16():
+    g = 1000 * jnp.eye(3, dtype=jnp.float16)
+    np.testing.assert_allclose(newton_schulz(g), newton_schulz(g.astype(jnp.float32)), atol=0.03)
