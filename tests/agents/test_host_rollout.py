@@ -25,7 +25,7 @@ PROMPTS, GROUP = 3, 2
 @functools.cache
 def lm(vocab_size):
     model = transformer(TransformerConfig(vocab_size, width=32, num_layers=2, num_heads=4, num_kv_heads=2))
-    return model, jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0)))
+    return model, jax.tree.map(lambda x: 2 * x, jax.jit(model.init)(jax.random.key(0)))
 
 
 def same(got, wanted):

@@ -52,7 +52,7 @@ def echo(max_turns):
 def lm(num_layers=2):
     """Two layers where what a token attends to must be right for all tokens, not just for those that are sampled."""
     model = transformer(TransformerConfig(VOCAB, width=32, num_layers=num_layers, num_heads=4, num_kv_heads=2))
-    return model, jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0)))
+    return model, jax.jit(lambda key: jax.tree.map(lambda x: 2 * x, model.init(key)))(jax.random.key(0))
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def test_a_pretrained_model(tmp_path):
 
     config, model = tiny_lm()
     tokenizer = load_tokenizer(GOLDEN / "hf_tiny" / "llama")
-    source = Pretrained(model, config, model.init(jax.random.key(0)), tokenizer, (0,), 1, 2)
+    source = Pretrained(model, config, jax.jit(model.init)(jax.random.key(0)), tokenizer, (0,), 1, 2)
     save_pretrained(tmp_path / "model-0.5", source)
     argv = ("--model", str(tmp_path / "model-0.5"), "--task", "products", "--bare", "--train-questions", "24")
     argv += ("--held-out-questions", "8", "--micro-batches", "2", "--block", "2", "--mini-batches", "2", "--seeds", "2")
@@ -232,7 +232,7 @@ def test_sharding_does_not_change_an_update():
 
     env = plain._replace(step=step_env)
     task = bandpo.Task(env, env)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     numbers, arms = numbers_of(config, [bandpo.Row("band_kl", "band_kl", 1e-3)])
     numbers = jax.tree.map(lambda x: x[0], stack(numbers))
 

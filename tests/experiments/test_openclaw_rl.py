@@ -166,7 +166,7 @@ def test_turns_that_were_not_made_count_in_the_denominator_alone(batch):
 
 @pytest.fixture(scope="module")
 def base():
-    return openclaw_base.chat_model(TINY).init(jax.random.key(0))
+    return jax.jit(openclaw_base.chat_model(TINY).init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -396,9 +396,9 @@ def test_agents_train_and_are_watched(bench):
         TINY, part="agents", bench=bench, tasks=2, group=3, horizon=6, num_first=4, num_second=3, updates=1, chunk=1,
         passes=1,
     )  # fmt: skip
-    base = agents.agent_model(config).init(jax.random.key(0))
+    base = jax.jit(agents.agent_model(config).init)(jax.random.key(0))
     train = agents.agents_train(config, base)
-    state = train.init(jax.random.key(0))
+    state = jax.jit(train.init)(jax.random.key(0))
     numbers = as_numbers(agents.AGENTS["outcome + step"], lr=0.01)
     after, told = jax.jit(train.advance)(state, numbers)
     assert told["gradient norm"] > 0 and 0 <= told["dropped buckets"] <= 1 and 1 <= told["steps"] <= 6

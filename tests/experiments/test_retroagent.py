@@ -60,7 +60,7 @@ def test_scripted_episodes_are_scored_like_any_others():
     """The expert wins in four turns; a model's log-prob of an episode is that of its tokens fed one by one."""
     env = envs.household(*LEVEL)
     model = retroagent_base.small_model(SMALL, env)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), 3)
     play = jax.vmap(lambda key: scripted_episode(key, env, env.expert))
     trajectory = jax.jit(lambda keys: retroagent_base.with_positions(play(keys), env.spec))(keys)
@@ -84,7 +84,7 @@ def test_episodes_read_without_their_padding_have_the_log_probs_that_they_were_s
     make, _, answer = retroagent_base.BENCHES[bench]
     env = make(*LEVEL)
     model = retroagent_base.small_model(SMALL, env)
-    params = {"policy": model.init(jax.random.key(0))}
+    params = {"policy": jax.jit(model.init)(jax.random.key(0))}
 
     def told(params, key):
         started = jax.vmap(lambda k: scripted_episode(k, env, env.demonstrate))(jax.random.split(key, 16))
@@ -151,7 +151,7 @@ def test_played_episodes_are_read_with_the_log_probs_that_they_were_sampled_with
     world = envs.household_world(jax.random.key(0), *LEVEL)
     env = envs.household(world=world)
     model = retroagent_base.small_model(SMALL, env)
-    params = {"policy": model.init(jax.random.key(0))}
+    params = {"policy": jax.jit(model.init)(jax.random.key(0))}
     lesson = jnp.full((8, 2), NO_LESSON)
 
     @jax.jit

@@ -7,6 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from rollax.kernels.linear_log_prob import api, linear_log_prob
+from rollax.tests.support import compiled
 
 B, T, D, V = 3, 7, 16, 50
 
@@ -140,8 +141,8 @@ def test_no_pass_holds_all_logits(step, tile):
     largest, temporary = {}, {}
     for name in ("reference", "xla"):
         largest[name] = max(sizes_in(jax.make_jaxpr(program(name))(*shapes, targets).jaxpr))
-        compiled = jax.jit(program(name)).lower(*shapes, targets).compile()
-        temporary[name] = compiled.memory_analysis().temp_size_in_bytes
+        executable = jax.jit(program(name)).lower(*shapes, targets).compile()
+        temporary[name] = executable.memory_analysis().temp_size_in_bytes
     logits = tile.get("chunk", tokens) * tile.get("columns", vocab)
     assert largest["reference"] >= tokens * vocab
     assert largest["xla"] <= logits
@@ -165,12 +166,13 @@ def test_explain_says_what_runs(inputs, capsys):
 
 def test_vmap_over_models_and_temperatures(inputs):
     hidden, head, targets = inputs
-    heads, temperatures = jnp.stack([head, 2 * head]), jnp.asarray([0.5, 1.5])
+    heads, temperatures = np.stack([head, 2 * head]), np.array([0.5, 1.5], np.float32)
     f = lambda w, t: linear_log_prob(hidden, w, targets, temperature=t, chunk=4)  # noqa: E731
     gradient = jax.grad(lambda w, t: f(w, t)[0].sum() + f(w, t)[1].sum(), argnums=(0, 1))
-    together = jax.vmap(f)(heads, temperatures), jax.vmap(gradient)(heads, temperatures)
+    both = lambda w, t: (f(w, t), gradient(w, t))  # noqa: E731
+    one, together = compiled(both), compiled(jax.vmap(both))(heads, temperatures)
     for i in range(2):
-        alone = f(heads[i], temperatures[i]), gradient(heads[i], temperatures[i])
+        alone = one(heads[i], temperatures[i])
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
 

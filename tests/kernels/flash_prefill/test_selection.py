@@ -28,7 +28,7 @@ from rollax.kernels.flash_prefill import (
     transpose_index,
     window_mask,
 )
-from rollax.tests.support import GOLDEN
+from rollax.tests.support import GOLDEN, compiled
 
 IMPLEMENTATIONS = ["reference", "xla", "interpret"]
 ARRAYS = dict(np.load(GOLDEN / "flashprefill.npz"))
@@ -49,11 +49,18 @@ def case_of(name):
     }, cfg
 
 
-@partial(jax.jit, static_argnums=(2, 3))
+indexed = compiled(compact_index, static_argnums=1)
+
+
+def normalised(score):
+    return score / (score.sum(-1, keepdims=True) + 1e-9)
+
+
+@partial(compiled, static_argnums=(2, 3))
 def selected(q, k, cfg, implementation):
     kbar = mean_pool(k, cfg.block_size)
     energy = block_energy(q, kbar, cfg, implementation=implementation)
-    return kbar, energy, select_blocks(energy, cfg)
+    return kbar, energy, normalised(score(energy)), select_blocks(energy, cfg)
 
 
 V1 = [f"v1{letter} strict" for letter in "abcdefg"] + [f"v1{letter} upstream" for letter in "bcfg"]
@@ -71,20 +78,20 @@ V1 = [f"v1{letter} strict" for letter in "abcdefg"] + [f"v1{letter} upstream" fo
 )
 def test_golden_selection(name, implementation):
     arrays, cfg = case_of(name)
-    kbar, energy, mask = selected(arrays["q"], arrays["k"], cfg, implementation)
+    kbar, energy, scores, mask = selected(arrays["q"], arrays["k"], cfg, implementation)
     assert energy.sum.dtype == energy.max.dtype == jnp.float32
     np.testing.assert_allclose(kbar, arrays["key_mean"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(energy.sum, arrays["raw"], rtol=1e-6, atol=1e-30)
     np.testing.assert_allclose(energy.max, arrays["rawmax"], rtol=1e-6, atol=2e-6)
-    np.testing.assert_allclose(normalised(score(energy)), arrays["score"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores, arrays["score"], rtol=0, atol=1e-6)
     np.testing.assert_array_equal(mask, arrays["mask"])
     if "index" in arrays:
         n = mask.shape[-1]
-        index = compact_index(mask, n)
+        index = indexed(mask, n)
         np.testing.assert_array_equal(index.count, arrays["count"])
         used = np.arange(n) < arrays["count"][..., None]
         np.testing.assert_array_equal(np.where(used, index.index, n), arrays["index"])
-        last = np.take_along_axis(np.asarray(index.index), arrays["count"][..., None] - 1, -1)
+        last = np.take_along_axis(index.index, arrays["count"][..., None] - 1, -1)
         np.testing.assert_array_equal(np.where(used, last, index.index), np.broadcast_to(last, used.shape))
         assert not index.overflow
 
@@ -94,15 +101,11 @@ def test_golden_selection(name, implementation):
 def test_golden_energies_in_double_precision(name, implementation):
     arrays, cfg = case_of(name)
     with jax.enable_x64(True):
-        q, k = (jnp.asarray(arrays[x], "float64") for x in "qk")
-        _, energy, _ = selected(q, k, cfg, implementation)
+        q, k = (arrays[x].astype("float64") for x in "qk")
+        _, energy, *_ = selected(q, k, cfg, implementation)
         assert energy.sum.dtype == jnp.float64
         np.testing.assert_allclose(energy.sum, arrays["raw"], rtol=1e-6)
         np.testing.assert_allclose(energy.max, arrays["rawmax"], rtol=1e-6)
-
-
-def normalised(score):
-    return score / (score.sum(-1, keepdims=True) + 1e-9)
 
 
 @pytest.mark.parametrize("variant", ["strict", "upstream"])
@@ -136,9 +139,9 @@ def test_golden_variable_lengths(variant):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_zero_queries_count_rows(implementation):
     B, n = 16, 4
-    q, k = jnp.zeros((n * B, 2, 8)), jax.random.normal(jax.random.key(0), (n * B, 1, 8))
-    cfg = FlashPrefillConfig(alpha=0.5, block_size=B)
-    energy = jax.jit(partial(block_energy, cfg=cfg, implementation=implementation))(q, mean_pool(k, B))
+    q, k = np.zeros((n * B, 2, 8), "float32"), np.random.default_rng(0).normal(size=(n * B, 1, 8)).astype("float32")
+    cfg, kbar = FlashPrefillConfig(alpha=0.5, block_size=B), k.reshape(n, B, 1, 8).mean(1)
+    energy = jax.jit(partial(block_energy, cfg=cfg, implementation=implementation))(q, kbar)
     expected = np.tril(np.full((n, n), float(B)), -1) + np.eye(n)
     np.testing.assert_array_equal(energy.sum, np.broadcast_to(expected, (2, n, n)))
     np.testing.assert_array_equal(energy.max, np.where(np.broadcast_to(expected, (2, n, n)) > 0, 0, -np.inf))
@@ -147,7 +150,7 @@ def test_zero_queries_count_rows(implementation):
     packed = PackedPrefillConfig(alpha=0.5, block_size=B, tile_rows=8)
     prefix, length = 21, 39
     score_tiles = jax.jit(partial(packed_energy, cfg=packed, implementation=implementation))
-    energy = score_tiles(q[:40], mean_pool(k, B), prefix=prefix, length=length)
+    energy = score_tiles(q[:40], kbar, prefix=prefix, length=length)
     position = prefix + np.arange(40 * 2) // 2
     valid = position < prefix + length
     seen = valid[:, None] & (position[:, None] >= np.arange(n) * B)
@@ -158,17 +161,17 @@ def test_zero_queries_count_rows(implementation):
 
 def test_row_normalised_energies_are_sums_of_softmaxes():
     S, B, n = 60, 8, 8
-    q, k = (jax.random.normal(key, (S, 2, 16)) * 3 for key in jax.random.split(jax.random.key(1)))
+    q, k = (3 * np.random.default_rng(seed).normal(size=(S, 2, 16)).astype("float32") for seed in (1, 2))
     cfg = FlashPrefillConfig(alpha=0.5, block_size=B, row_normalised=True)
-    kbar = np.asarray(mean_pool(k, B))
-    x = np.einsum("shd,nhd->hsn", np.asarray(q, np.float64), kbar) / 4
+    kbar = compiled(mean_pool, static_argnums=1)(k, B)
+    x = np.einsum("shd,nhd->hsn", q.astype("float64"), kbar) / 4
     x = np.where(np.arange(S)[:, None] >= np.arange(n) * B + B - 1, x, -np.inf)
     p = np.exp(x - np.maximum(x.max(-1, keepdims=True), -1e30))
     p /= np.maximum(p.sum(-1, keepdims=True), 1e-30)
     expected = np.pad(p, ((0, 0), (0, n * B - S), (0, 0))).reshape(2, n, B, n).sum(2)
     for implementation in ("reference", "xla"):
-        energy = block_energy(q, kbar, cfg, implementation=implementation)
-        np.testing.assert_allclose(score(energy), expected, rtol=1e-5, atol=1e-6)
+        scores = jax.jit(lambda *x, how=implementation: score(block_energy(*x, cfg, implementation=how)))(q, kbar)
+        np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 def random_energy(n=12, heads=3):
@@ -215,25 +218,27 @@ def test_forced_blocks_and_other_rules():
 
 
 def test_packed_selection_of_everything():
-    energy = packed_energy(jnp.zeros((24, 4, 8)), jnp.zeros((6, 2, 8)), packed := PackedPrefillConfig(alpha=0.0))
-    assert select_packed(energy, packed, group=2, length=24).any(-1).all()
+    packed = PackedPrefillConfig(alpha=0.0)
+    select = lambda q, kbar: select_packed(packed_energy(q, kbar, packed), packed, group=2, length=24)  # noqa: E731
+    assert compiled(select)(np.zeros((24, 4, 8)), np.zeros((6, 2, 8))).any(-1).all()
 
 
 def test_index_lists_are_the_mask():
     n, slots = 9, 4
-    mask = jax.random.uniform(jax.random.key(3), (2, 7, n)) < 0.3
-    mask = mask.at[0, 0].set(False).at[1, 2].set(True)
-    index = compact_index(mask, n)
-    np.testing.assert_array_equal(index_mask(index.index, index.count, n), mask)
+    mask = np.random.default_rng(3).random((2, 7, n)) < 0.3
+    mask[0, 0], mask[1, 2] = False, True
+    index, masked = indexed(mask, n), compiled(index_mask, static_argnums=2)
+    np.testing.assert_array_equal(masked(index.index, index.count, n), mask)
     np.testing.assert_array_equal(index.count, mask.sum(-1))
     assert (index.index[0, 0] == 0).all() and not index.overflow
-    np.testing.assert_allclose(density(index, jnp.ones((7, n), bool)), mask.mean(), rtol=1e-6)
-    few = compact_index(mask, slots)
+    np.testing.assert_allclose(jax.jit(density)(index, np.ones((7, n), bool)), mask.mean(), rtol=1e-6)
+    few = indexed(mask, slots)
     assert few.overflow and few.count.max() == slots
     np.testing.assert_array_equal(few.index[1, 2], np.arange(slots))  # the first ones stay
-    back = transpose_index(index, blocks=n)
-    np.testing.assert_array_equal(index_mask(back.index, back.count, 7), jnp.swapaxes(mask, 1, 2))
-    np.testing.assert_array_equal(jax.vmap(lambda m: compact_index(m, slots).overflow)(mask.at[0].set(False)), [0, 1])
+    back = compiled(partial(transpose_index, blocks=n))(index)
+    np.testing.assert_array_equal(masked(back.index, back.count, 7), np.swapaxes(mask, 1, 2))
+    mask[0] = False
+    np.testing.assert_array_equal(jax.jit(jax.vmap(lambda m: compact_index(m, slots).overflow))(mask), [0, 1])
     assert "sort[" not in str(jax.make_jaxpr(lambda m: transpose_index(compact_index(m, n), blocks=n))(mask))
 
 

@@ -70,8 +70,8 @@ def ttt_inputs(mlp, N, L, f, K, dtype):
 
 @pytest.mark.parametrize("mlp", [False, True])
 def test_dual_form(mlp, tpu):
-    """Nine heads need two programs of eight; five mini-batches in groups of two end with an empty one."""
-    N, L, f, K, group = (9, 80, 8, 16, 2) if not mlp else (9, 48, 8, 16, 2)
+    """Nine heads need two programs of eight; three mini-batches in groups of two end with an empty one."""
+    N, L, f, K, group = 9, 48, 8, 16, 2
     args, cotangents = ttt_inputs(mlp, N, L, f, K, jnp.float32)
     want, pull = jax.jit(lambda a: jax.vjp(partial(reference.ttt_scan, mini_batch=K), *a))(args)
     static = dict(mini_batch=K, group=group, interpret=tpu)
@@ -83,7 +83,7 @@ def test_dual_form(mlp, tpu):
     assert_close(backward(*args, borders, *cotangents), pull(cotangents))
 
 
-@pytest.mark.parametrize("mlp", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("mlp", [False, pytest.param(True, marks=pytest.mark.slow)])  # one kernel, more weights
 def test_dual_form_in_bfloat16(mlp):
     args, cotangents = ttt_inputs(mlp, 2, 32, 16, 16, jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, cotangents))
@@ -202,9 +202,15 @@ def test_golden_lact():
     assert_close(d_mom[0, ..., None], g["grad_momentum"])
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(kind, jnp.bfloat16) for kind in KINDS] + [("TPU v4", jnp.float32)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *(pytest.param(kind, jnp.bfloat16, marks=[pytest.mark.slow] * (kind in KINDS[2:4])) for kind in KINDS),
+        ("TPU v4", jnp.float32),
+    ],
+)
 def test_lowers(kind, dtype):
-    """For every TPU generation, at real shapes."""
+    """For every TPU generation, at real shapes; those between the oldest and the newest are slow."""
     shape = jax.ShapeDtypeStruct
     mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1, platform="tpu"))
 

@@ -14,6 +14,8 @@ from rollax.kernels import ttt
 
 B, H, F, K = 2, 2, 4, 4
 SCANS = {"linear": ttt.ttt_linear_scan, "mlp": ttt.ttt_mlp_scan}
+STATIC = ("mini_batch", "checkpoint_every", "form", "implementation")
+PROGRAMS = {kind: jax.jit(scan, static_argnames=STATIC) for kind, scan in SCANS.items()}
 IMPLEMENTATIONS = ("xla",)
 kinds = pytest.mark.parametrize("kind", SCANS)
 
@@ -48,9 +50,11 @@ def close(actual, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
-@kinds
+# Shorter than a mini-batch, where both kinds are one tail; a group of four, one mini-batch and a tail.
+@pytest.mark.parametrize(
+    ("kind", "length"), [("linear", 3), pytest.param("mlp", 3, marks=pytest.mark.slow), ("linear", 22), ("mlp", 22)]
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("length", [3, 22])  # shorter than a mini-batch; a group of four, one mini-batch and a tail
 def test_dual_is_primal(kind, implementation, length):
     arguments, scan = inputs(kind, length), SCANS[kind]
     dual = value_and_grad(partial(scan, mini_batch=K, implementation=implementation), arguments)
@@ -89,7 +93,7 @@ def test_primal_is_its_recurrence(kind):
                 now = [x - sum(r * g[n] for r, g in zip(rates, grads, strict=False)) for n, x in enumerate(w)]
                 expected[0, h, start + i] = q[0, h, start + i] + norm(model(now, q[0, h, start + i]), h)
             w = now
-    out, _ = SCANS[kind](*inputs(kind, 6, rows=1), mini_batch=K, form="primal")
+    out, _ = PROGRAMS[kind](*inputs(kind, 6, rows=1), mini_batch=K, form="primal")
     np.testing.assert_allclose(out, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -117,38 +121,53 @@ def test_no_token_sees_a_later_one(kind):
 @kinds
 def test_a_stream_goes_on_at_mini_batches(kind):
     q, k, v, eta_pos, gate, params, ln = inputs(kind, 14)
-    run = partial(SCANS[kind], mini_batch=K)
+    run = partial(PROGRAMS[kind], mini_batch=K)
     expected = run(q, k, v, eta_pos, gate, params, ln)
     cut = lambda s: (*(x[:, :, s] for x in (q, k, v)), eta_pos, gate[:, :, s])  # noqa: E731
     first, between = run(*cut(slice(0, 2 * K)), params, ln)
     second, final = run(*cut(slice(2 * K, None)), between, ln)
-    close((jnp.concatenate([first, second], 2), final), expected, 1e-6)
+    close((np.concatenate([first, second], 2), final), expected, 1e-6)
+
+
+def pulled(kind, every, arguments):
+    """A function's outputs, and the function from cotangents to gradients with what it keeps."""
+    return jax.vjp(lambda a: SCANS[kind](*a, mini_batch=K, checkpoint_every=every), arguments)
 
 
 @kinds
-def test_checkpoints_change_memory_only(kind):
+def test_checkpoints_keep_less(kind):
+    arguments = inputs(kind, 8 * K)
+
+    def kept(every):
+        _, pull = jax.eval_shape(partial(pulled, kind, every), arguments)
+        return sum(x.size for x in jax.tree.leaves(pull) if hasattr(x, "size"))
+
+    state = B * sum(x.size for x in arguments[5])
+    assert kept(1) - kept(3) == 5 * state  # eight states or three
+
+
+# The two models share their loops over checkpoints.
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
+def test_checkpoints_change_no_gradient(kind):
     """In float64: the gradient of `eta_pos` is a sum that cancels, and the two programs add in different orders."""
 
-    def run(every, arguments):
-        f = lambda arguments: SCANS[kind](*arguments, mini_batch=K, checkpoint_every=every)  # noqa: E731
-        out, pull = jax.vjp(f, arguments)
-        return pull(out), sum(x.size for x in jax.tree.leaves(pull) if hasattr(x, "size"))
+    def gradient(every, arguments):
+        out, pull = pulled(kind, every, arguments)
+        return pull(out)
 
     with jax.enable_x64(True):
         arguments = inputs(kind, 8 * K, dtype=jnp.float64)
-        (often, large), (rarely, small) = run(1, arguments), run(3, arguments)
+        often, rarely = (jax.jit(partial(gradient, every))(arguments) for every in (1, 3))
         close(often, rarely, 1e-12)
-    state = B * sum(x.size for x in arguments[5])
-    assert large - small == 5 * state  # eight states or three
 
 
 @kinds
 def test_rate_zero_reads_only(kind):
     q, k, v, eta_pos, gate, params, ln = inputs(kind, 6)
-    out, final = SCANS[kind](q, k, v, eta_pos, 0 * gate, params, ln, mini_batch=K)
+    out, final = PROGRAMS[kind](q, k, v, eta_pos, 0 * gate, params, ln, mini_batch=K)
     for a, b in zip(final, params, strict=True):
-        np.testing.assert_array_equal(a, jnp.broadcast_to(b, a.shape))
-    again, _ = SCANS[kind](q, 2 * k, v - 1, eta_pos, 0 * gate, params, ln, mini_batch=K)
+        np.testing.assert_array_equal(a, np.broadcast_to(b, a.shape))
+    again, _ = PROGRAMS[kind](q, 2 * k, v - 1, eta_pos, 0 * gate, params, ln, mini_batch=K)
     np.testing.assert_array_equal(out, again)
 
 
@@ -191,7 +210,7 @@ def test_dual_never_forms_the_weights_of_a_token(kind):
 
 @pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_vmap_and_shard_map(kind):
-    arguments = inputs(kind, 2 * K + 1, rows=4)
+    arguments = inputs(kind, 2 * K, rows=4)
     run = partial(SCANS[kind], mini_batch=K)
     gradient = jax.grad(lambda *a: loss(run, a), argnums=range(7), has_aux=True)
     alone = jax.jit(lambda *a: gradient(*a)[::-1])
@@ -227,10 +246,10 @@ def test_vmap_and_shard_map(kind):
 @kinds
 def test_narrow_tokens_keep_wide_weights(kind):
     arguments = inputs(kind, 3 * K)
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments)
-    out, final = SCANS[kind](*narrow, mini_batch=K)
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), arguments)
+    out, final = PROGRAMS[kind](*narrow, mini_batch=K)
     assert out.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in final)
-    expected, _ = SCANS[kind](*arguments, mini_batch=K)
+    expected, _ = PROGRAMS[kind](*arguments, mini_batch=K)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.15, rtol=0.15)
 
 
