@@ -15,6 +15,7 @@ import numpy as np
 from rollax import objectives
 from rollax.experiments import bandpo
 from rollax.experiments.benchmarks.timing import interleave, seconds_of
+from rollax.experiments.harness.command_line import one_line_end
 from rollax.experiments.harness.devices import use_compilation_cache
 from rollax.experiments.harness.report import show
 
@@ -51,6 +52,7 @@ def measure(config: bandpo.Config) -> list[list[str]]:
     ]
 
 
+@one_line_end()
 def main() -> None:
     use_compilation_cache()
     lines = [line for config in bandpo.configs_of([]).values() for line in measure(config)]

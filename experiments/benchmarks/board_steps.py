@@ -21,7 +21,7 @@ from rollax.envs.sokoban import ACT as FIRST_MOVE
 from rollax.envs.sokoban import LEVELS
 from rollax.experiments.benchmarks.peer import Peer, interpreter, serving
 from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, publish, seconds_of
-from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 
 JUMANJI = Peer(
     "jumanji",
@@ -149,14 +149,14 @@ def measure(game: str, num_envs: int, config: Config, ask) -> Row:
     )
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     cases = [(game, num_envs) for game in config.games for num_envs in config.num_envs]
     if not config.peer:
         publish("board_steps", [measure(*case, config, None) for case in cases], config, {}, config.out)
         return
-    with one_line_errors():
-        python = interpreter(JUMANJI, config.python)
+    python = interpreter(JUMANJI, config.python)
     with serving(python, Path(__file__).with_name("board_steps_peer.py")) as ask:
         rows = [measure(*case, config, ask) for case in cases]
         publish("board_steps", rows, config, ask("versions"), config.out)

@@ -19,7 +19,7 @@ from rollax.experiments import ppo_cartpole
 from rollax.experiments.benchmarks.timing import Row, duel, publish
 from rollax.experiments.harness import devices
 from rollax.experiments.harness.checkpoint import Checkpoints
-from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 from rollax.experiments.harness.loop import compiled, run, vectorize
 from rollax.experiments.harness.run_folder import RunFolder
 
@@ -119,11 +119,11 @@ def share_of_a_run(config: Config) -> Row:
     return row
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     devices.use_compilation_cache()
-    with one_line_errors():
-        rows = [*save_and_restore(config), share_of_a_run(config)]
+    rows = [*save_and_restore(config), share_of_a_run(config)]
     publish("checkpoints", rows, config, {"orbax-checkpoint": version()}, config.out)
 
 

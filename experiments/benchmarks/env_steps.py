@@ -16,7 +16,7 @@ import numpy as np
 from rollax import envs
 from rollax.experiments.benchmarks.peer import Peer, interpreter, serving
 from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, publish, seconds_of
-from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 
 GYMNAX = Peer(
     "gymnax",
@@ -96,13 +96,13 @@ def measure(num_envs: int, config: Config, ask) -> Row:
     )
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     if not config.peer:
         publish("env_steps", [measure(n, config, None) for n in config.num_envs], config, {}, config.out)
         return
-    with one_line_errors():
-        python = interpreter(GYMNAX, config.python)
+    python = interpreter(GYMNAX, config.python)
     with serving(python, Path(__file__).with_name("env_steps_peer.py")) as ask:
         rows = [measure(n, config, ask) for n in config.num_envs]
         publish("env_steps", rows, config, ask("versions"), config.out)

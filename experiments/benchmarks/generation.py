@@ -19,7 +19,7 @@ import numpy as np
 from rollax.agents import Pretrained, Sampling, generate, load_pretrained, save_pretrained
 from rollax.experiments.benchmarks.peer import CACHE, Peer, interpreter, serving
 from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, publish, seconds_of
-from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 
 TRANSFORMERS = Peer(
     "transformers",
@@ -120,11 +120,11 @@ def measure(batch: int, config: Config, pretrained: Pretrained, ask) -> Row:
     )
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
-    with one_line_errors():
-        pretrained = load_pretrained(config.model, block_decode=config.block_decode)
-        python = interpreter(TRANSFORMERS, config.python, config.index) if config.peer else ""
+    pretrained = load_pretrained(config.model, block_decode=config.block_decode)
+    python = interpreter(TRANSFORMERS, config.python, config.index) if config.peer else ""
     if not config.peer:
         rows = [measure(batch, config, pretrained, None) for batch in config.batches]
         publish("generation", rows, config, {}, config.out)

@@ -33,7 +33,7 @@ from rollax.envs.persona_chat import (
     ZERO,
 )
 from rollax.experiments.benchmarks.timing import compile_timed, duel, publish, seconds_of
-from rollax.experiments.harness.command_line import parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,7 @@ def same_episodes(ours: Trajectory, theirs: Trajectory) -> None:
             raise RuntimeError(f"{name}: the episodes of the two sides differ")
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     env = persona_chat(1.0, max_turns=config.turns)

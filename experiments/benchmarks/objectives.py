@@ -19,7 +19,7 @@ import numpy as np
 from rollax import objectives
 from rollax.experiments.benchmarks.peer import Peer, interpreter, serving
 from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, publish, seconds_of
-from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 
 PEERS = {
     "rlax": Peer(
@@ -193,12 +193,12 @@ def measure(name: str, config: Config, ask) -> Row:
     )
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     rows, versions = [], {}
     for peer in config.peers:
-        with one_line_errors():
-            python = interpreter(PEERS[peer], config.python)
+        python = interpreter(PEERS[peer], config.python)
         with serving(python, Path(__file__).with_name("objectives_peer.py")) as ask:
             rows += [measure(name, config, ask) for name, case in CASES.items() if case.peer == peer]
             versions |= ask("versions", peer=peer)

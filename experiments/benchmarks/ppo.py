@@ -19,7 +19,7 @@ import numpy as np
 from rollax.experiments import ppo_cartpole
 from rollax.experiments.benchmarks.peer import Peer, interpreter, serving
 from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, publish, seconds_of
-from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 
 REJAX = Peer(
     "rejax",
@@ -89,14 +89,14 @@ def measure(config: Config, study: ppo_cartpole.Config, ask) -> Row:
     )
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     study = ppo_cartpole.Config(seeds=config.seeds, updates=config.updates)
     if not config.peer:
         publish("ppo", [measure(config, study, None)], config, {}, config.out)
         return
-    with one_line_errors():
-        python = interpreter(REJAX, config.python)
+    python = interpreter(REJAX, config.python)
     with serving(python, Path(__file__).with_name("ppo_peer.py")) as ask:
         row = measure(config, study, ask)
         for side, returns in row.notes["return_of_each_seed"].items():

@@ -22,7 +22,7 @@ import jax
 from rollax.experiments.bandpo import STUDY
 from rollax.experiments.benchmarks.timing import Row, compile_timed, duel, publish, seconds_of
 from rollax.experiments.harness import devices, sweep
-from rollax.experiments.harness.command_line import one_line_errors, parse
+from rollax.experiments.harness.command_line import one_line_end, parse
 from rollax.experiments.harness.loop import vectorize
 
 FLAGS = ("--model", "tabular", "--arms", "band_kl")
@@ -120,11 +120,11 @@ def programs(config: Config) -> Row:
     return duel(case, "runs/s", runs, config.repeats, ours, peer, compile_ours=compile_ours, compile_peer=compile_peer)
 
 
+@one_line_end()
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config(), __doc__, argv)
     devices.use_compilation_cache()
-    with one_line_errors():
-        rows = [commands(config), programs(config)]
+    rows = [commands(config), programs(config)]
     publish("sweep_speed", rows, config, {"separate runs": ""}, config.out)
 
 

@@ -30,6 +30,7 @@ from rollax.agents import (
 )
 from rollax.experiments import bandpo
 from rollax.experiments.benchmarks.timing import interleave, seconds_of
+from rollax.experiments.harness.command_line import one_line_end
 from rollax.experiments.harness.devices import use_compilation_cache
 from rollax.experiments.harness.report import show
 
@@ -86,6 +87,7 @@ def value_model(encoder: str, prompts: int, seeds: int):
     return {name: (jax.jit(jax.vmap(f)), arguments) for name, (f, arguments) in kinds.items()}
 
 
+@one_line_end()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", choices=("none", "minilm"), default="none")

@@ -98,9 +98,10 @@ def read(kind: type, description: str, argv: list[str] | None, **how: Any) -> tu
 
 
 def first_message(boxed: str) -> str:
-    """The message of an error that tyro wraps and frames: the lines between the title and the first rule."""
+    """The message of an error that tyro wraps and frames, in dashes where it must: from the title to the next rule."""
     lines = [line.strip("│ ") for line in boxed.splitlines()[1:]]
-    message = itertools.takewhile(lambda line: line.strip("─╰╯"), lines)
+    says = lambda line: line.strip("─╰╯-")  # noqa: E731
+    message = itertools.takewhile(says, itertools.dropwhile(lambda line: not says(line), lines))
     return " ".join(message) or "bad command line"
 
 

@@ -21,7 +21,7 @@ def newton_schulz(g, *, coeffs=MUON5, eps=1e-7, dtype=None, implementation=None,
     """X_0 = g / (|g|_F + eps); X <- a X + (b A + c A A) X with A = X X^T, once for each (a, b, c) of `coeffs`.
 
     Maps matrices whose norm is well above `eps` to unit scale, and zero to zero. The gradient is exact and finite at
-    zero. The norm is formed in float32 at least, and its square must be finite: |g|_F up to 1.8e19.
+    zero. The norm is formed in float32 at least, and its powers must be finite: |g|_F up to 1.8e19, for gradients 7e12.
 
     Args:
       g: `[..., m, n]`, floating point, any leading axes.

@@ -65,6 +65,7 @@ def test_help_exits_with_success(capsys):
 
 def test_first_message():
     assert first_message("╭─ Value error ─╮\n│ Bad --lr │\n│ ──────── │\n│ more │\n╰──╯") == "Bad --lr"
+    assert first_message(" Value error \n ------ \n  Bad --lr \n  ------\n  more \n \n") == "Bad --lr"  # to ASCII
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from functools import partial
 
@@ -97,9 +96,9 @@ def mask_of(q, k, cfg):
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
-        *itertools.product(V1[:-2], ["xla"]),
-        *(pytest.param(name, "xla", marks=pytest.mark.slow) for name in V1[-2:]),
-        *(pytest.param(name, "reference", marks=[pytest.mark.slow] * (name not in V1[::3])) for name in V1),
+        # Upstream is strict wherever padded rows change nothing, which they do in g.
+        *(pytest.param(name, "xla", marks=[pytest.mark.slow] * (name in V1[7:10])) for name in V1),
+        *(pytest.param(name, "reference", marks=[pytest.mark.slow] * (name not in V1[::5])) for name in V1),
         *(pytest.param(name, "interpret", marks=[pytest.mark.slow] * (name != V1[0])) for name in V1),
     ],
 )
@@ -435,9 +434,10 @@ def gradients_over_heads(prefill, mesh):
     return gradient, jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
 
 
-def test_devices_may_share_keys():
+@pytest.mark.parametrize("fall_back", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_devices_may_share_keys(fall_back):
     """As few key heads as multi-query attention has lie on all devices, and their gradients add up."""
-    prefills, shapes = shared_keys("xla", fall_back=False)
+    prefills, shapes = shared_keys("xla", fall_back=fall_back)
     qkv = [np.random.default_rng(i).normal(size=shape).astype("float32") for i, shape in enumerate(shapes)]
     alone, sharded = gradients_over_heads(prefills["v2"], Mesh(np.array(jax.devices()[:2]), ("heads",)))
     for a, b in zip(sharded(*qkv), jax.jit(alone)(*qkv), strict=True):

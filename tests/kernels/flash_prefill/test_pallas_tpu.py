@@ -1,4 +1,7 @@
-"""The TPU kernels against a dense model in float64 NumPy: interpreted, raced, lowered for every TPU generation."""
+"""The TPU kernels against a dense model in float64 NumPy: interpreted, raced, lowered for every TPU generation.
+
+By default for v4, v5e and TPU7x, the others with the slow tests.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -155,7 +158,7 @@ def dense_energy(case: Case, q, kbar, scale, rule):
     return total, top
 
 
-# The race detector runs the others.
+# The race detector runs others.
 @pytest.mark.parametrize("name", ["odd_group", pytest.param("one_tile", marks=pytest.mark.slow)])
 def test_forward_and_backward_equal_dense(name):
     inputs = make(CASES[name])
@@ -293,7 +296,6 @@ def lower_for_tpu(kind, name, function, arguments, devices=1):
     assert "tpu_custom_call" in text and name.split()[0] in text
 
 
-# The lists of kinds begin with the oldest and end with the newest.
 @pytest.mark.parametrize("kind", [pytest.param(x, marks=[pytest.mark.slow] * (x in KINDS[2:4])) for x in KINDS])
 def test_lowers_for_every_tpu_generation(kind):
     for name, call in real_calls().items():
@@ -308,12 +310,11 @@ def test_lowers_inside_shard_map_over_heads(name):
     lower_for_tpu("TPU v5 lite", name, sharded, arguments, devices=2)
 
 
-def test_lowers_where_integers_have_64_bits():
-    """What passes a mask by tiles as well is what has most to pass."""
-    calls = {name: call for name, call in real_calls().items() if "by tile" in name or name == "block_energy"}
+# Where a mask by tiles takes the place of positions there are fewer integers.
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * ("by tile" in x)) for x in real_calls()])
+def test_lowers_where_integers_have_64_bits(name):
     with jax.enable_x64(True):
-        for name, call in calls.items():
-            lower_for_tpu("TPU v5", name, *call)
+        lower_for_tpu("TPU v5", name, *real_calls()[name])
 
 
 @pytest.mark.parametrize(

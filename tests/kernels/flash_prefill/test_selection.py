@@ -71,7 +71,7 @@ V1 = [f"v1{letter} strict" for letter in "abcdefg"] + [f"v1{letter} upstream" fo
     [
         *itertools.product(V1, ["xla"]),
         *(
-            pytest.param(name, implementation, marks=[pytest.mark.slow] * (name not in V1[::4]))
+            pytest.param(name, implementation, marks=[pytest.mark.slow] * (name not in V1[::5]))
             for name, implementation in itertools.product(V1, ["reference", "interpret"])
         ),
     ],

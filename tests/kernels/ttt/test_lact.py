@@ -119,8 +119,9 @@ def test_gradients_through_slices():
     close(gradient(sliced), gradient(lambda w, x: ttt.lact_scan(w, *x, chunk=C, rule=MUON)[0]), 1e-8)
 
 
-# Rows of two packings of sequences of 4 and 10 tokens; -1 is padding, more than a chunk of it in a row.
-PACKED = [[0] * 10 + [7] * 4 + [-1] * 8 + [3] * 4, [-1] * 3 + [1] * 4 + [2] * 10 + [0] * 4 + [-1] * 5]
+# Rows of two packings of sequences of 4 and 11 tokens, the longer writing twice; -1 is padding, more than a chunk of it
+# in a row.
+PACKED = [[0] * 11 + [7] * 4 + [-1] * 8 + [3] * 4, [-1] * 3 + [1] * 4 + [0] * 4 + [2] * 11 + [-1] * 5]
 
 
 @pytest.mark.parametrize("rule", ["muon", pytest.param("descent", marks=pytest.mark.slow)])
@@ -275,7 +276,7 @@ def test_states_are_computed_again():
     assert kept(1) - kept(3) >= 4 * state  # seven chunks in a loop: seven states or three
 
 
-@pytest.mark.slow  # `test_packing` has checkpoints within sequences and sequences of fewer chunks than one
+@pytest.mark.slow  # `test_packing` has rows with several checkpoints and sequences apart with one
 def test_states_computed_again_are_the_same():
     gradient = lambda every: jax.jit(lambda *a: pulled(every, *a)(jnp.ones((B, H, 8 * C, D))))  # noqa: E731
     close(*(gradient(every)(weights(), stream(8 * C)) for every in (1, 3)))

@@ -209,8 +209,9 @@ def test_dual_never_forms_the_weights_of_a_token(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
-def test_vmap_and_shard_map(kind):
-    arguments = inputs(kind, 2 * K, rows=4)
+@pytest.mark.parametrize("length", [2 * K, pytest.param(2 * K + 1, marks=pytest.mark.slow)])
+def test_vmap_and_shard_map(kind, length):
+    arguments = inputs(kind, length, rows=4)
     run = partial(SCANS[kind], mini_batch=K)
     gradient = jax.grad(lambda *a: loss(run, a), argnums=range(7), has_aux=True)
     alone = jax.jit(lambda *a: gradient(*a)[::-1])
