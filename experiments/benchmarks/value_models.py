@@ -57,7 +57,7 @@ def value_model(encoder: str, prompts: int, seeds: int):
     sentences = load_sentence_encoder("minilm") if encoder == "minilm" else None
     width = sentences.params["words"].shape[1] if sentences else WIDTH
     config = V0Config(width, num_queries=168 if sentences else 12, bottleneck=128 if sentences else 32)
-    params = v0_init(jax.random.key(0), config)
+    params = jax.jit(v0_init, static_argnums=1)(jax.random.key(0), config)
     features = jax.ShapeDtypeStruct((config.num_queries * config.query_width,), jnp.float32)
     which = jnp.arange(RECORDS)
     known = jax.random.normal(jax.random.key(1), (RECORDS, *features.shape))

@@ -43,6 +43,7 @@ def lone_rows(path):
     return result["rows"]
 
 
+@pytest.mark.slow  # compiles seven updates of a study
 def test_band_bounds(monkeypatch):
     monkeypatch.setattr(band_bounds, "REPEATS", 1)
     config = next(iter(bandpo.configs_of([]).values()))
@@ -97,7 +98,7 @@ def test_value_models():
     prior, arguments = kinds["adapter and head"]
     assert jax.eval_shape(prior, *arguments).shape == (2, 3)
     whole, arguments = kinds["and the baseline"]  # the prior is a part of it
-    assert whole(*arguments).shape == (2, 3, 16)
+    assert jax.eval_shape(whole, *arguments).shape == (2, 3, 16)
 
 
 def test_objectives(tmp_path):

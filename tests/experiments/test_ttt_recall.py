@@ -149,6 +149,7 @@ def test_full_attention_is_one_whatever_the_length():
         np.testing.assert_allclose(part, expected[:, :length], rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow  # as the smoke runs of test_reproduce.py
 def test_a_run_writes_its_report(tmp_path):
     argv = [*ttt_recall.STUDY.smoke, "--study", "recall", "--arms", "window", "--layers", "1"]
     study.main(ttt_recall.STUDY, [*argv, "--runs", str(tmp_path), "--name", "run"])
