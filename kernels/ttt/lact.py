@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rollax.kernels.backends import alike, named
 from rollax.kernels.ttt.api import FastWeights, apply_of, check_tokens, check_weights, choose_lact, fold, grads_of
 from rollax.kernels.ttt.newton_schulz import FIXED5, MUON5, newton_schulz, newton_schulz_beside
+from rollax.kernels.ttt.xla import put
 
 NAMES = ("w0", "w1", "w2")
 EPS = 1e-5  # of the rows' norms
@@ -578,5 +579,5 @@ def lact_segments(
         if update:
             memory = write(memory, *part[1:], rule, operators)
         if apply:
-            out = out.at[:, start:end].set(operators.apply(*memory.w, part[0]))
+            out = put(out, operators.apply(*memory.w, part[0]), start)  # jaxlib 0.11 dies of a scatter in shard_map
     return out.reshape(q.shape), unfolded(memory.w, B, H)
