@@ -80,6 +80,7 @@ class Case(NamedTuple):
       shapes: of its arguments: a tuple for `dtype`, or a pair of tuple and another dtype.
       wrt: which arguments the backward pass differentiates.
       implementation: None for the target's kernel, or a name.
+      targets: for which it is compiled.
     """
 
     operator: str
@@ -90,6 +91,7 @@ class Case(NamedTuple):
     shapes: tuple
     wrt: tuple[int, ...]
     implementation: str | None = None
+    targets: tuple[str, ...] = tuple(TARGETS)
 
     @property
     def name(self) -> str:
@@ -312,7 +314,9 @@ def table(by_target: dict[str, dict[str, dict]], earlier: dict[tuple[str, str], 
         for name, case in cases().items():
             if case.operator == operator:
                 row = [
-                    earlier.get((name, target), cell(None)) if name not in found else cell(found[name])
+                    cell(found[name])
+                    if name in found
+                    else earlier.get((name, target), cell(None) if target in case.targets else "-")
                     for target, found in by_target.items()
                 ]
                 yield f"| {name.removeprefix(operator + ' ')} | {' | '.join(row)} |"
@@ -453,7 +457,8 @@ def wide(*shape: int) -> tuple:
 
 def cases() -> dict[str, Case]:
     """Every case by its name."""
-    rows = []  # (operator, variant, build, shapes, arguments to differentiate, implementation[, passes and dtypes])
+    # (operator, variant, build, shapes, arguments to differentiate, implementation[, passes and dtypes[, targets]])
+    rows = []
     for tokens in (32768, 131072):
         keys = (tokens, KV, WIDTH)
         qkv = ((tokens, Q, WIDTH), keys, keys)
@@ -499,11 +504,12 @@ def cases() -> dict[str, Case]:
     rows += [
         ("linear_log_prob", "4K tokens, D 2048, V 151936", linear_log_prob_of, head, (0, 1), "xla"),
     ]
-    # What runs where a kernel refuses float32, as Hopper's do.
+    # What runs in float32 on an H100, whose kernels refuse it.
     refused = ("v1, 64 slots, 32K", "v2, 64 slots, 32K", "linear, 32K", "mlp, 32K", "lact apply, 4 heads, 2K")
-    rows += [(*row[:5], "xla", FLOAT32) for row in rows if row[1] in (*refused, "lact grads, 4 heads, 2K")]
+    refused = [row for row in rows if row[1] in (*refused, "lact grads, 4 heads, 2K")]
+    rows += [(*row[:5], "xla", FLOAT32, ("h100",)) for row in refused]
     every = [
-        Case(operator, variant, step, dtype, build, shapes, wrt, implementation)
+        Case(operator, variant, step, dtype, build, shapes, wrt, implementation, *of[1:])
         for operator, variant, build, shapes, wrt, implementation, *of in rows
         for step, dtype in (of[0] if of else EVERY)
     ]
@@ -527,7 +533,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_table()
     else:
         for target in options.targets or TARGETS:
-            names = [name for name in cases() if options.match in name]
+            names = [name for name, case in cases().items() if options.match in name and target in case.targets]
             for name, result in compile_all(target, names).items():
                 if name in names:
                     print(f"{target}: {name}: {cell(result)}", flush=True)
