@@ -6,7 +6,7 @@ import jax.numpy as jnp
 def depthwise_conv3d(x, kernel, *, pad="edge", temporal="centered", halo=None):
     """Each channel filtered by its own 3x3x3 kernel, stride 1, no bias; the shape stays.
 
-    There is one form and no `implementation`: the sum over taps is the definition, and XLA makes one loop of it.
+    There is one form and no `implementation`: the sum over taps is the definition, and runs everywhere.
 
     Args:
       x: `[B, T, h, w, C]`.
