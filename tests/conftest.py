@@ -15,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR names another
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs are most of them
-gc.set_threshold(50_000, 20, 20)  # tracing makes many objects that stay: looking for garbage took 4 % of the time
+gc.set_threshold(50_000, 20, 20)  # tracing makes many objects that stay
 
 
 def pytest_configure(config):

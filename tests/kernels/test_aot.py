@@ -56,7 +56,7 @@ def compiled(request):
 @pytest.mark.parametrize("case", CASES)
 def test_compiles(compiled, case):
     target, results = compiled
-    if target not in CASES[case].targets:
+    if target not in CASES[case].targets:  # cases and targets are crossed, and a few cases are of one target
         pytest.skip("another target's")
     result, why = results[case], reason(case, target)
     if why:
