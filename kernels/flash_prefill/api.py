@@ -531,6 +531,7 @@ def packed_energy(
     """V2's energies of each tile of packed rows and mean key, float32 `[HK, T, n]`; no gradient (arXiv 2608.19758).
 
     A block is scored if the tile's last row sees it whole; of its rows, those that see the block's first token count.
+    The sums make up for what float32 rounds `max` by, so that `score` is exact to 1e-6 of each block.
 
     Args:
       q: `[S, HQ, D]`; kbar: `[n, HK, D]` of all keys, from `mean_pool` at cfg.block_size.

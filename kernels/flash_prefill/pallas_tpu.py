@@ -29,7 +29,7 @@ from rollax.kernels.flash_prefill.pallas_tpu_walk import (
     smallest,
     walk,
 )
-from rollax.kernels.flash_prefill.reference import below_top, exact_sum
+from rollax.kernels.flash_prefill.reference import PARTS, below_top, energy_in_bits, exact_sum
 
 LOG2E = 1.0 / math.log(2.0)
 MASKED = -1e30  # finite: -inf - -inf would be NaN
@@ -449,7 +449,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
     def of_keys(h, i, j, offset, length):
         return quotient(h, repeat), jnp.minimum(j, last_chunk(h, i, offset, length)), 0
 
-    def kernel(offset_ref, length_ref, q_ref, kbar_ref, sum_ref, max_ref):
+    def kernel(offset_ref, length_ref, q_ref, kbar_ref, sum_ref, top_ref, *rest_ref):
         h, i, j = (pl.program_id(axis) for axis in range(3))
         offset, length = offset_ref[h], length_ref[h]
         needed = j <= last_chunk(h, i, offset_ref, length_ref)
@@ -457,31 +457,32 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
         @pl.when(~needed)
         def _():
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-            max_ref[...] = jnp.full(max_ref.shape, -jnp.inf, jnp.float32)
+            top_ref[...] = jnp.full(top_ref.shape, MASKED, jnp.float32)
+            for ref in rest_ref:
+                ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
         def reduce(t, number, masked: bool):
             queries, means = q_ref[0, t], kbar_ref[0]
             if exact:  # a float32 rounds a logit of 20 by 1e-6
-                first = lax.broadcasted_iota(jnp.int32, means.shape, 1) < D // 2
-                x, low = exact_sum(*(dot(queries, jnp.where(half, means, 0), (1, 1)) for half in (first, ~first)))
+                of_part = lax.broadcasted_iota(jnp.int32, means.shape, 1) // pl.cdiv(D, PARTS)
+                x, low = exact_sum([dot(queries, jnp.where(of_part == p, means, 0), (1, 1)) for p in range(PARTS)])
             else:
-                x = dot(queries, means, (1, 1))
+                x, low = dot(queries, means, (1, 1)), None
             if masked:
                 ids = j * wide + lax.broadcasted_iota(jnp.int32, (1, wide), 1)
                 need = group * (ids * block + token - offset) - number * tile
                 need = jnp.where(ids < visible(offset, length, number), need, FAR)
                 rows = lax.broadcasted_iota(jnp.int32, (tile, wide), 0)
-                x = jnp.where((rows >= need) & (rows < group * (length - offset) - number * tile), x, MASKED)
+                seen = (rows >= need) & (rows < group * (length - offset) - number * tile)
+                x, low = jnp.where(seen, x, MASKED), None if low is None else jnp.where(seen, low, 0)
             # The difference is scaled, not x: rounded where it is small.
-            if exact:
-                below, top, rest = below_top(x, low, axis=0)
-                total = jnp.sum(jnp.exp(below * scale), axis=0, keepdims=True)
-            else:
-                top, rest = jnp.max(x, axis=0, keepdims=True), 0.0
-                total = jnp.sum(jnp.exp2((x - top) * to_bits), axis=0, keepdims=True)
-            some = top > MASKED / 2
-            sum_ref[0, t : t + 1, :] = jnp.where(some, total, 0.0)
-            max_ref[0, t : t + 1, :] = jnp.where(some, top * to_bits + rest * to_bits, -jnp.inf)
+            below, top, rest = below_top(x, low, axis=0)
+            weights = jnp.exp(below * scale) if exact else jnp.exp2(below * to_bits)
+            total = jnp.sum(weights, axis=0, keepdims=True)
+            for ref in rest_ref:
+                ref[0, t : t + 1, :] = rest
+            sum_ref[0, t : t + 1, :] = jnp.where(top > MASKED, total, 0.0)
+            top_ref[0, t : t + 1, :] = top
 
         for t in range(high):
             number = i * high + t
@@ -493,28 +494,27 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule, interpre
 
     operands = alike(*bounds, q.reshape(H, tiles, tile, D), kbar.astype(q.dtype))
     results = pl.BlockSpec((1, high, wide), lambda h, i, j, *_: (h, i, j))
-    result = shape_like((H, tiles, n), jnp.float32, operands[0])
+    result, number = shape_like((H, tiles, n), jnp.float32, operands[0]), 3 if exact else 2
     size = q.dtype.itemsize
-    return tuple(
-        pl.pallas_call(
-            kernel,
-            out_shape=(result, result),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
-                grid=(H, pl.cdiv(tiles, high), pl.cdiv(n, wide)),
-                in_specs=[
-                    pl.BlockSpec((1, high, tile, D), lambda h, i, j, *_: (h, i, 0, 0)),
-                    pl.BlockSpec((1, wide, D), of_keys),
-                ],
-                out_specs=(results, results),
-            ),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-            cost_estimate=pl.CostEstimate(
-                flops=H * R * n * D,  # about half the pairs are causal
-                bytes_accessed=size * H * (R * D + pl.cdiv(tiles, high) * n * D // 2) + 8 * H * tiles * n,
-                transcendentals=H * R * n // 2,
-            ),
-            interpret=interpret,
-            name="block_energy",
-        )(*operands)
-    )
+    total, top, *rest = pl.pallas_call(
+        kernel,
+        out_shape=(result,) * number,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(H, pl.cdiv(tiles, high), pl.cdiv(n, wide)),
+            in_specs=[
+                pl.BlockSpec((1, high, tile, D), lambda h, i, j, *_: (h, i, 0, 0)),
+                pl.BlockSpec((1, wide, D), of_keys),
+            ],
+            out_specs=(results,) * number,
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=H * R * n * D,  # about half the pairs are causal
+            bytes_accessed=size * H * (R * D + pl.cdiv(tiles, high) * n * D // 2) + 4 * number * H * tiles * n,
+            transcendentals=H * R * n // 2,
+        ),
+        interpret=interpret,
+        name="block_energy",
+    )(*operands)
+    return energy_in_bits(total, top, *rest or [jnp.zeros_like(top)], scale=scale, rule=rule)

@@ -14,7 +14,7 @@ from rollax.kernels.flash_prefill.selection import index_mask
 
 LOG2_E = float(np.log2(np.e))
 NEVER = -1e30  # logit of a key that is not seen: finite, no NaN from inf - inf
-PART_WIDTH = 32  # of a product in parts
+PARTS, PART_WIDTH = 4, 32  # of a product in parts: so many, or more where they would be wider
 
 
 def wide(dtype):
@@ -80,29 +80,43 @@ def product_in_parts(equation: str, q, kbar):
     if q.dtype.itemsize < 4:
         return product(equation, q, kbar), None
     D = q.shape[-1]
-    width = min(PART_WIDTH, -(-D // 2))
+    width = min(PART_WIDTH, -(-D // PARTS))
     parts = [product(equation, q[..., at : at + width], kbar[..., at : at + width]) for at in range(0, D, width)]
+    return exact_sum(parts)
+
+
+def exact_sum(parts):
+    """(x, low): x is the sum of the arrays rounded, low what the roundings took (Knuth's two-sum)."""
     x, low = parts[0], jnp.zeros_like(parts[0])
     for part in parts[1:]:
-        x, left = exact_sum(x, part)
-        low += left
+        total = x + part
+        of_part = total - x
+        x, low = total, low + ((x - (total - of_part)) + (part - of_part))
     return x, low
-
-
-def exact_sum(a, b):
-    """(x, low): x is a + b rounded, low what the rounding took (Knuth's two-sum)."""
-    x = a + b
-    of_b = x - a
-    return x, (a - (x - of_b)) + (b - of_b)
 
 
 def below_top(x, low, axis: int):
     """(x + low less the largest of them along `axis`, the x and the low of the largest, their axes kept)."""
     top = jnp.max(x, axis=axis, keepdims=True)
     if low is None:
-        return x - top, top, 0.0
+        return x - top, top, jnp.zeros_like(top)
     rest = jnp.max(jnp.where(x == top, low, NEVER), axis=axis, keepdims=True)
     return (x - top) + (low - rest), top, rest
+
+
+def energy_in_bits(total, top, rest, *, scale, rule):
+    """(sum, max) of `BlockEnergy` from the sums relative to x = top + rest; `[H, T, n]`, top NEVER where none is seen.
+
+    A float32 rounds a max of 20 bits by 1e-6. V2 (`rule` "first") compares the sums of a tile: they take what its
+    largest max and their own were rounded by. v1's stay sums relative to x.
+    """
+    seen, to_bits = top > NEVER, scale * LOG2_E
+    bits = jnp.where(seen, top * to_bits + rest * to_bits, NEVER)
+    if rule == "first":
+        best = jnp.argmax(bits, axis=-1, keepdims=True)
+        top, rest, rounded = (x - jnp.take_along_axis(x, best, axis=-1) for x in (top, rest, bits))
+        total *= jnp.exp2(jnp.where(seen, (top + rest) * to_bits - rounded, 0))
+    return total, jnp.where(seen, bits, -jnp.inf)
 
 
 def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
@@ -115,8 +129,7 @@ def energy(q, kbar, offset, length, *, tile, block, group, scale, rule):
     below, top, rest = below_top(x, low, axis=2)
     # The difference is scaled, not x: rounded where it is small.
     total = jnp.where(seen, jnp.exp(below * scale), 0).sum(axis=2)
-    to_bits = scale * LOG2_E
-    return total, jnp.where(top > NEVER, top * to_bits + rest * to_bits, -jnp.inf).squeeze(2)
+    return energy_in_bits(total, *jax.tree.map(lambda x: x.squeeze(2), (top, rest)), scale=scale, rule=rule)
 
 
 def row_energy(q, kbar, offset, length, *, tile, block, group, scale, rule):

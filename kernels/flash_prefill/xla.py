@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rollax.kernels.backends import alike, product
-from rollax.kernels.flash_prefill.reference import LOG2_E, NEVER, below_top, product_in_parts, wide
+from rollax.kernels.flash_prefill.reference import LOG2_E, NEVER, below_top, energy_in_bits, product_in_parts, wide
 
 LOWEST = -5e29  # where a running maximum starts: 2^(NEVER - LOWEST) is 0
 UNSEEN = 1e30  # lse of a row without keys in the backward pass: its weights are 0
@@ -173,10 +173,10 @@ def scored_at_once() -> tuple[int, int]:
     return SCORED_AT_ONCE["cpu" if jax.default_backend() == "cpu" else "device"]
 
 
-def energy(q, kbar, offset, length, *, tile, scale, **static):
+def energy(q, kbar, offset, length, *, tile, scale, rule, **static):
     """See `reference.energy`. Mean keys that no row of a group of tiles sees are not multiplied."""
     (H, R, D), (HK, n, _) = q.shape, kbar.shape
-    T, to_bits = R // tile, scale * LOG2_E
+    T = R // tile
     rows, blocks = scored_at_once()
     (groups, high), (chunks, wide) = parts(T, max(1, rows // tile)), parts(n, blocks)
     q = jnp.pad(q, ((0, 0), (0, (groups * high - T) * tile), (0, 0))).reshape(H * groups, high * tile, D)
@@ -185,7 +185,7 @@ def energy(q, kbar, offset, length, *, tile, scale, **static):
     def of_group(i):
         head, rows = i // groups, q[i]
         tiles = i % groups * high + jnp.arange(high, dtype=jnp.int32)
-        limit = jnp.minimum(block_limits(offset, length, head, tiles, tile=tile, **static), n)
+        limit = jnp.minimum(block_limits(offset, length, head, tiles, tile=tile, rule=rule, **static), n)
 
         def step(chunk, state):
             x, low = product_in_parts("rd,nd->rn", rows, kbar[head // (H // HK) * chunks + chunk])
@@ -194,17 +194,18 @@ def energy(q, kbar, offset, length, *, tile, scale, **static):
             below, top, rest = below_top(jnp.where(seen, x, NEVER), low, axis=1)
             # The difference is scaled, not x: rounded where it is small.
             total = jnp.where(seen, jnp.exp(below * scale), 0).sum(1)
-            results = total, jnp.where(top > NEVER, top * to_bits + rest * to_bits, -jnp.inf).squeeze(1)
+            results = total, top.squeeze(1), rest.squeeze(1)
             return tuple(
                 jax.lax.dynamic_update_index_in_dim(*pair, chunk, 1) for pair in zip(state, results, strict=True)
             )
 
         total = jnp.zeros((high, chunks, wide), jnp.promote_types(q.dtype, jnp.float32))
-        _, *start = alike(q, total, jnp.full_like(total, -jnp.inf))
+        _, *start = alike(q, total, jnp.full_like(total, NEVER), total)
         return jax.lax.fori_loop(0, -(-limit.max() // wide), step, tuple(start))
 
     results = jax.lax.map(of_group, jnp.arange(H * groups, dtype=jnp.int32))
-    return tuple(x.reshape(H, groups * high, chunks * wide)[:, :T, :n] for x in results)
+    parts_of_it = (x.reshape(H, groups * high, chunks * wide)[:, :T, :n] for x in results)
+    return energy_in_bits(*parts_of_it, scale=scale, rule=rule)
 
 
 def row_energy(q, kbar, offset, length, *, tile, scale, **static):
