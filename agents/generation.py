@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rollax.agents.language_model import LanguageModel, features, logits_of, repeat_rows
 
@@ -64,7 +65,7 @@ def check_sampling(sampling: Sampling) -> None:
         ("top_p", lambda x: 0 < x <= 1, "in (0, 1] or None"),
     ):
         value = getattr(sampling, name)
-        if isinstance(value, int | float) and not valid(value):
+        if isinstance(value, int | float | np.number) and not valid(value):
             raise ValueError(f"sampling.{name}: expected {expected}, got {value}")
 
 

@@ -49,7 +49,7 @@ def test_values_are_causal_and_ignore_padding(model, params):
     padded = apply(params, pad(tokens, 3), pad(positions, -1))
     np.testing.assert_allclose(padded[:, 2:], values, atol=1e-5)
     cache = model.init_cache(1, T)
-    _, cache = model.hidden(params["trunk"], tokens[:, :2], positions[:, :2], cache)
+    _, cache = jax.jit(model.hidden)(params["trunk"], tokens[:, :2], positions[:, :2], cache)
     np.testing.assert_allclose(apply(params, tokens[:, 2:], positions[:, 2:], cache), values[:, 2:], atol=1e-5)
 
 

@@ -21,7 +21,6 @@ from rollax.agents.transformer import TransformerConfig, transformer
 
 VOCAB = 23
 CONFIG = TransformerConfig(vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
-FULL_COMPILATION = True  # sharded and not, log-probs agree to 1e-4 nats: quick compilation rounds ten times as much
 PROMPTS = jnp.array([[3, 5, 7, 9], [4, 6, 0, 0], [1, 0, 0, 0]])
 LENGTHS = jnp.array([4, 2, 1])
 
@@ -29,8 +28,8 @@ LENGTHS = jnp.array([4, 2, 1])
 @pytest.fixture(scope="module")
 def lm():
     model = transformer(CONFIG)
-    params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(0)))  # sharper than a fresh start
-    return model, params
+    fresh = jax.jit(lambda key: jax.tree.map(lambda x: 3 * x, model.init(key)))  # sharper than a fresh start
+    return model, fresh(jax.random.key(0))
 
 
 def keys(n, seed=1):
@@ -78,6 +77,7 @@ def test_log_probs_equal_those_of_training(lm):
     assert len({tuple(row) for row in np.asarray(out.tokens)}) > 6  # rows are sampled, not copied
 
 
+@pytest.mark.slow  # in float32 that is the test above, and test_transformer.py has a model in bfloat16
 def test_bfloat16_log_probs_stay_near_those_of_training(lm):
     """In bfloat16 the cached and the uncached forward round differently; the gap is that of the number format."""
     model = transformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
@@ -104,16 +104,26 @@ def test_padding_and_prefix_do_not_change_a_row(lm):
     np.testing.assert_allclose(shared.log_prob, written.log_prob, atol=1e-5)
 
 
+@pytest.fixture
+def full_compilation():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")  # as the rest of the file
+
+
+# Sharded and not, log-probs agree to 1e-4 nats: quick compilation rounds ten times as much.
+@pytest.mark.usefixtures("full_compilation")
 def test_batch_and_sharding_do_not_change_a_row(lm):
     _, params = lm
+    run = sampler.__wrapped__()  # with programs of its own
     prompts, lengths = jnp.tile(PROMPTS[:2], (4, 1)), jnp.tile(LENGTHS[:2], 4)
-    expected = sampler()(params, keys(8), prompts, lengths)
-    few = sampler()(params, keys(3), PROMPTS, LENGTHS)  # whose first two rows are those
+    expected = run(params, keys(8), prompts, lengths)
+    few = run(params, keys(3), PROMPTS, LENGTHS)  # whose first two rows are those
     np.testing.assert_array_equal(expected.tokens[:2], few.tokens[:2])
     np.testing.assert_allclose(expected.log_prob[:2], few.log_prob[:2], atol=1e-5)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
-    sharded = sampler()(
+    sharded = run(
         jax.device_put(params, jax.NamedSharding(mesh, jax.P())),
         *jax.device_put((keys(8), prompts, lengths), rows),
     )
@@ -121,20 +131,21 @@ def test_batch_and_sharding_do_not_change_a_row(lm):
     np.testing.assert_allclose(sharded.log_prob, expected.log_prob, atol=1e-4)
 
 
-def test_stop_tokens_end_a_row(lm):
+@pytest.mark.parametrize("early_exit", [pytest.param(True, marks=pytest.mark.slow), False])  # that it exits: below
+def test_stop_tokens_end_a_row(lm, early_exit):
     _, params = lm
-    free = sampler()(params, keys(3), PROMPTS, LENGTHS)
+    free = jax.device_get(sampler()(params, keys(3), PROMPTS, LENGTHS))
     stop = int(free.tokens[0, 2])
-    for early_exit in (True, False):
-        out = sampler(stop_ids=(stop,), pad_id=22, early_exit=early_exit)(params, keys(3), PROMPTS, LENGTHS)
-        for row in range(3):
-            hits = np.flatnonzero(np.asarray(free.tokens[row]) == stop)
-            length = hits[0] + 1 if hits.size else 6
-            np.testing.assert_array_equal(out.tokens[row, :length], free.tokens[row, :length])
-            np.testing.assert_array_equal(out.tokens[row, length:], 22)
-            np.testing.assert_array_equal(out.mask[row], np.arange(6) < length)
-            np.testing.assert_array_equal(out.log_prob[row, length:], 0.0)
-            assert bool(out.stopped[row]) == bool(hits.size)
+    run = sampler(stop_ids=(stop,), pad_id=22, early_exit=early_exit)
+    out = jax.device_get(run(params, keys(3), PROMPTS, LENGTHS))
+    for row in range(3):
+        hits = np.flatnonzero(free.tokens[row] == stop)
+        length = hits[0] + 1 if hits.size else 6
+        np.testing.assert_array_equal(out.tokens[row, :length], free.tokens[row, :length])
+        np.testing.assert_array_equal(out.tokens[row, length:], 22)
+        np.testing.assert_array_equal(out.mask[row], np.arange(6) < length)
+        np.testing.assert_array_equal(out.log_prob[row, length:], 0.0)
+        assert bool(out.stopped[row]) == bool(hits.size)
 
 
 def test_early_exit_leaves_the_loop(lm):
@@ -209,6 +220,7 @@ def test_padded_positions():
     ("options", "message"),
     [
         ({"sampling": Sampling(temperature=-1.0)}, "temperature.*>= 0.*-1"),
+        ({"sampling": Sampling(temperature=np.float32(-1.0))}, "temperature.*>= 0.*-1"),
         ({"sampling": Sampling(top_k=0)}, "top_k.*>= 1.*0"),
         ({"sampling": Sampling(top_p=1.5)}, "top_p.*1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens.*>= 1.*0"),
@@ -222,6 +234,7 @@ def test_bad_input(lm, options, message):
         jax.eval_shape(lambda p: generate(model, p, keys(3), PROMPTS, LENGTHS, **options), params)
 
 
+@pytest.mark.slow  # test_prefill.py's scanned model at alpha 0 says it by default
 def test_a_scanned_stack_decodes_like_a_tuple_of_layers(lm):
     """One key gives both forms the same numbers; the loop takes the stack apart once."""
     _, params = lm
@@ -254,8 +267,9 @@ def test_a_restricted_vocabulary(lm):
 
 def test_logits_are_float32_in_a_bfloat16_model(lm):
     model, params = transformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16)), lm[1]
-    hidden, _ = features(model, params, PROMPTS, padded_positions(LENGTHS, 4))
+    at = padded_positions(LENGTHS, 4)
+    hidden, _ = jax.jit(lambda params: features(model, params, PROMPTS, at))(params)
     assert hidden.dtype == jnp.bfloat16
-    logits = logits_of(model, params, hidden)
+    logits = jax.jit(functools.partial(logits_of, model))(params, hidden)
     assert logits.dtype == jnp.float32
     assert (logits != logits.astype(jnp.bfloat16)).any()  # and not rounded on the way

@@ -168,8 +168,9 @@ def small_llama(path, *, drop=(), extra=()):
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
     biases = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
     config = TransformerConfig(13, 16, 2, 2, 1, mlp_width=24, norm_eps=1e-5, rope_theta=5e5, max_positions=99, **biases)
-    params = transformer(config).init(jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    init, draw = transformer(config).init, jax.random.normal
+    disturbed = lambda key: jax.tree.map(lambda x: x + 0.1 * draw(jax.random.key(1), x.shape), init(key))  # noqa: E731
+    params = jax.jit(disturbed)(jax.random.key(0))
     scaled = dataclasses.replace(config, rope_scaling=scaling)
     divisors = (rope_frequencies(config) / rope_frequencies(scaled)).astype(np.float32)
     values = {"rope_freqs.weight": divisors}

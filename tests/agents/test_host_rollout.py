@@ -25,7 +25,7 @@ PROMPTS, GROUP = 3, 2
 @functools.cache
 def lm(vocab_size):
     model = transformer(TransformerConfig(vocab_size, width=32, num_layers=2, num_heads=4, num_kv_heads=2))
-    return model, jax.tree.map(lambda x: 2 * x, jax.jit(model.init)(jax.random.key(0)))
+    return model, jax.jit(lambda key: jax.tree.map(lambda x: 2 * x, model.init(key)))(jax.random.key(0))
 
 
 def same(got, wanted):
@@ -45,11 +45,8 @@ def same(got, wanted):
         assert not got.info[name][~played].any(), name
 
 
-# A prefix comes with several turns.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("several turns", "one turn")]
-
-
-@pytest.mark.parametrize("name", [*SLOW, "with a prefix"])
+@pytest.mark.slow  # the small game below has several turns and a prefix too
+@pytest.mark.parametrize("name", ["several turns", "one turn", "with a prefix"])
 def test_a_copy_on_the_host_plays_the_same_episodes(name):
     env = arithmetic("+", 1) if name == "one turn" else persona_chat(0.5, max_turns=3)
     model, params = lm(len(env.spec.vocab))
@@ -135,52 +132,62 @@ def compiled_counting():
     return Environment(reset, step, SPEC)
 
 
+HOW = dict(group_size=GROUP, prefix=jnp.array([4, 7, 1], jnp.int32), sampling=Sampling(temperature=0.8, top_k=9))
+
+
 @functools.cache
 def counted():
     """(what is played, the states that were released)."""
     env, released = counting()
     model, params = lm(12)
-    return host_rollout(jax.random.key(0), model, params, env, num_prompts=4, group_size=GROUP), released
+    return host_rollout(jax.random.key(0), model, params, env, num_prompts=4, **HOW), released
+
+
+@functools.cache
+def inside():
+    """The same game in one program."""
+    model, _ = lm(12)
+    return jax.jit(lambda key, params: rollout(key, model, params, compiled_counting(), num_prompts=4, **HOW))
 
 
 def test_a_game_in_python_is_played_as_its_compiled_form():
-    model, params = lm(12)
+    _, params = lm(12)
     trajectory, released = counted()
-    wanted = jax.jit(
-        lambda key, params: rollout(key, model, params, compiled_counting(), num_prompts=4, group_size=GROUP)
-    )
-    same(trajectory, wanted(jax.random.key(0), params))
+    same(trajectory, inside()(jax.random.key(0), params))
     assert trajectory.terminated.any() and set(np.sum(trajectory.mask.reshape(8, 3, 5).any(2), 1).tolist()) > {1}
     assert "texts" not in trajectory.info and len(released) == 1  # the games may be used again
+
+
+def test_a_copy_of_it_on_the_host_plays_the_same_episodes():
+    model, params = lm(12)
+    sample = host_sampler(model, on_host(compiled_counting()), num_prompts=4, **HOW)
+    for seed in (3, 4):
+        same(sample(jax.random.key(seed), params), inside()(jax.random.key(seed), params))
 
 
 def test_it_is_scored_like_any_other():
     model, params = lm(12)
     trajectory, _ = counted()
     env, _ = counting()
-    log_prob, _ = jax.jit(lambda params, t: score(model, params, t, env, group_size=GROUP))(params, trajectory)
+    how = dict(group_size=GROUP, prefix=HOW["prefix"], temperature=HOW["sampling"].temperature)
+    log_prob, _ = jax.jit(lambda params, t: score(model, params, t, env, **how))(params, trajectory)
     np.testing.assert_allclose(log_prob, trajectory.full_log_prob, atol=1e-4)
 
 
-def test_workers_share_a_rollout():
+def test_workers_share_a_rollout_and_a_sampler_compiles_once():
     """Prompts 2 and 3 alone, from a sampler of two, are those of the whole."""
     model, params = lm(12)
     whole, _ = counted()
-    part = host_sampler(model, counting()[0], num_prompts=2, group_size=GROUP)(jax.random.key(0), params, 2)
-    for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(x, y[4:], atol=1e-5)
-
-
-def test_a_sampler_compiles_once():
-    model, params = lm(12)
     traced = []
 
     def apply(*arguments):
         traced.append(len(arguments))
         return (model.hidden or model.apply)(*arguments)
 
-    sample = host_sampler(model._replace(hidden=apply), counting()[0], num_prompts=2)
-    sample(jax.random.key(0), params)
+    sample = host_sampler(model._replace(hidden=apply), counting()[0], num_prompts=2, **HOW)
+    part = sample(jax.random.key(0), params, 2)
+    for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y[4:], atol=1e-5)
     before = len(traced)
     for seed in range(1, 4):
         sample(jax.random.key(seed), params)

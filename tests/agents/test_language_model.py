@@ -24,7 +24,9 @@ def small_transformer(**changes):
     return transformer(TransformerConfig(V, width=16, num_layers=1, num_heads=2, **changes))
 
 
-@pytest.mark.parametrize("make", [table, small_transformer, lambda: small_transformer(tied_head=False)])
+@pytest.mark.parametrize(
+    "make", [table, small_transformer, pytest.param(lambda: small_transformer(tied_head=False), marks=pytest.mark.slow)]
+)
 def test_is_the_log_softmax_of_the_logits(make):
     model = make()
     params = model.init(jax.random.key(0))

@@ -127,7 +127,7 @@ def test_bad_input(params, table):
     with pytest.raises(ValueError, match=r"mask: expected shape \(9,\), got \(4,\)"):
         in_context_logits(params, context, labels, queries, mask[:4])
     with pytest.raises(ValueError, match="members: expected at least 1, got 0"):
-        in_context_logits(params, *table, members=0)
+        jax.eval_shape(lambda: in_context_logits(params, *table, members=0))
     with pytest.raises(ValueError, match="width: expected a multiple of the 3 heads, got 16"):
         tabular_head_init(jax.random.key(0), HeadConfig(F, width=16, num_heads=3))
     with pytest.raises(ValueError, match="tasks: expected at least 1, got 0"):

@@ -66,9 +66,14 @@ def played(max_turns, prefix=()):
     )(jax.random.key(3))
 
 
-@pytest.mark.parametrize("max_turns", [1, 3])
-def test_bookkeeping(max_turns):
-    trajectory = jax.device_get(played(max_turns))
+PREFIX = (7, 3, 3, 1)
+# A prefix comes with several turns, whose programs are shared.
+PLAYED = [(1, ()), pytest.param(3, (), marks=pytest.mark.slow), (3, PREFIX)]
+
+
+@pytest.mark.parametrize(("max_turns", "prefix"), PLAYED)
+def test_bookkeeping(max_turns, prefix):
+    trajectory = jax.device_get(played(max_turns, prefix))
     width = 3 + 4
     assert trajectory.tokens.shape == (24, max_turns * width)
     assert trajectory.reward.shape == (24, max_turns)
@@ -79,7 +84,7 @@ def test_bookkeeping(max_turns):
         assert trajectory.truncated[row] == (secret > max_turns)
         positions = trajectory.positions[row]
         real = positions[positions >= 0]
-        np.testing.assert_array_equal(real, np.arange(len(real)))  # no gap, in order
+        np.testing.assert_array_equal(real, len(prefix) + np.arange(len(real)))  # no gap, in order
         for turn in range(max_turns):
             own = trajectory.mask[row, turn * width + 3 : (turn + 1) * width]
             action = trajectory.tokens[row, turn * width + 3 : (turn + 1) * width]
@@ -136,12 +141,14 @@ def test_a_group_computes_its_first_observation_once():
         return model.hidden(params, tokens, *rest)
 
     how = dict(group=jnp.array([1, 0, 1, 2, 2, 1]), num_groups=3)
-    some = jax.tree.map(lambda x: x[:6], played(3))
-    jax.eval_shape(lambda p: score(model._replace(hidden=hidden), p, some, echo(3), **how), params)
-    assert rows[0] == (3, echo(3).spec.max_observation) and rows[1][0] == 6
+    some = jax.tree.map(lambda x: x[:6], played(1))
+    jax.eval_shape(lambda p: score(model._replace(hidden=hidden), p, some, echo(1), **how), params)
+    assert rows[0] == (3, echo(1).spec.max_observation) and rows[1][0] == 6
 
 
-@pytest.mark.parametrize(("max_turns", "prefix"), [(1, ()), (3, ()), (3, (7, 3, 3, 1))])
+@pytest.mark.parametrize(
+    ("max_turns", "prefix"), [pytest.param(turns, (), marks=pytest.mark.slow) for turns in (1, 3)] + [(3, PREFIX)]
+)
 def test_score_equals_sampler(max_turns, prefix):
     model, params = lm()
     trajectory = played(max_turns, prefix)
@@ -217,17 +224,22 @@ def test_rows_depend_on_their_index_alone():
     np.testing.assert_array_equal(small.tokens, played(1).tokens[:8])
 
 
-def test_vmap_over_seeds_equals_a_loop():
+PROMPTS, K_INIT, K_MAX = 2, 2, 5
+
+
+@functools.cache
+def everything():
+    """All episodes of a seed, of which a sequential rollout is a part."""
     model, params = lm(1)
+    how = dict(num_prompts=PROMPTS, group_size=K_MAX, early_exit=False)
+    return jax.jit(lambda key: rollout(key, model, params, echo(2), **how))
 
-    def play(key):
-        return rollout(key, model, params, echo(3), num_prompts=2, group_size=2, early_exit=False)
 
+def test_vmap_over_seeds_equals_a_loop():
     keys = jax.random.split(jax.random.key(0), 3)
-    together = jax.jit(jax.vmap(play))(keys)
-    one = jax.jit(play)
+    together = jax.jit(jax.vmap(everything()))(keys)
     for i in range(3):
-        np.testing.assert_array_equal(together.tokens[i], one(keys[i]).tokens)
+        np.testing.assert_array_equal(together.tokens[i], everything()(keys[i]).tokens)
 
 
 def test_tabular_policy_speaks_the_protocol():
@@ -319,8 +331,6 @@ def test_bad_input():
 
 # --- Budgets that each prompt's rewards decide ------------------------------------------------------------------------
 
-PROMPTS, K_INIT, K_MAX = 2, 2, 5
-
 
 def while_long(reward, drawn, limit):
     """A prompt goes on while what it has said in all is below the limit."""
@@ -338,10 +348,7 @@ def drawn_inside():
 
 
 def test_a_sequential_rollout_is_a_part_of_the_whole():
-    model, params = lm(1)
-    full = jax.jit(lambda k: rollout(k, model, params, echo(2), num_prompts=PROMPTS, group_size=K_MAX))(
-        jax.random.key(3)
-    )
+    full = everything()(jax.random.key(3))
     result = drawn_inside()
     count = result.drawn.sum(axis=1)
     assert (result.drawn == (np.arange(K_MAX) < count[:, None])).all()

@@ -100,6 +100,7 @@ def test_log_probs(scored, arrays, i):
     np.testing.assert_allclose(np.logaddexp.reduce(last.astype(np.float64)), arrays[f"p{i}_logsumexp"], atol=ATOL)
 
 
+@pytest.mark.slow  # test_gguf.py decodes greedily with tiny models, and the log-probs above are this one's
 def test_greedy_continuations_together(smollm2, arrays):
     """All prompts in one left-padded batch, with a cache."""
     steps, T = 24, max(len(arrays[f"p{i}_ids"]) for i in range(3))
@@ -152,9 +153,8 @@ def test_attacks_stay_text(smollm2):
     assert chat.count(1) == 3 and chat.count(2) == 2
 
 
-@pytest.mark.parametrize(
-    ("dtype", "largest_gap"), [("float32", 1e-4), pytest.param("bfloat16", 0.45, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_generation.py says it of a small model
+@pytest.mark.parametrize(("dtype", "largest_gap"), [("float32", 1e-4), ("bfloat16", 0.45)])
 def test_log_probs_of_generation_and_training(smollm2, dtype, largest_gap, record_property):
     """Decoding with a cache rounds differently from one pass; 4 rows of 12 tokens say how much."""
     loaded = smollm2 if dtype == "float32" else load_pretrained("smollm2", dtype=dtype)

@@ -305,14 +305,17 @@ def pretrained():
     return jax.jit(PRETRAIN)(jax.random.key(0))
 
 
-def test_pretraining_is_its_key():
-    run = jax.jit(partial(PRETRAIN, updates=3))
-    (params, losses), (again, same), (_, others) = (run(jax.random.key(i)) for i in (0, 0, 1))
+def test_pretraining_is_its_key_and_learns():
+    small = dict(config=CONFIG.head, updates=200, tasks=8, rows=16, queries=8, rank=2, lr=1e-2)
+    run = jax.jit(partial(pretrain_tabular_head, **small))
+    (params, losses), (again, same), (_, others) = jax.device_get([run(jax.random.key(i)) for i in (0, 0, 1)])
+    assert losses.shape == (200,) and losses[-50:].mean() < losses[:50].mean() - 0.03
     np.testing.assert_array_equal(losses, same)
     assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
     assert (losses != others).all()
 
 
+@pytest.mark.slow  # above, a smaller head learns
 def test_it_learns_to_learn(pretrained):
     """After 500 updates: the more context the better, better than neighbours, near what the true rates could give."""
     params, losses = pretrained

@@ -9,7 +9,11 @@ from rollax.envs import arithmetic, decode
 from rollax.envs.arithmetic import ArithmeticState, held_out
 from rollax.envs.tokens import PAD, STOP
 
-CONFIGS = [("+", 2, 2), ("+-*", 2, 3), ("*", 4, 2)]
+CONFIGS = [
+    pytest.param("+", 2, 2, marks=pytest.mark.slow),
+    ("+-*", 2, 3),
+    pytest.param("*", 4, 2, marks=pytest.mark.slow),
+]
 
 
 def play(environment, count=400, seed=0):
@@ -47,6 +51,7 @@ def test_expert_agrees_with_python(operations, max_digits, num_terms):
 
 def test_largest_results_fit():
     environment = arithmetic("+-*", 3, 3)
+    expert = jax.jit(environment.expert)
     for terms, operations, value in [
         ([999, 999, 999], [2, 2], 999**3),
         ([0, 999, 999], [1, 2], -(999**2)),
@@ -54,7 +59,7 @@ def test_largest_results_fit():
         ([100, 0, 10], [2, 1], -10),
     ]:
         state = ArithmeticState(jnp.asarray(terms), jnp.asarray(operations), jnp.int32(3))
-        action = np.asarray(environment.expert(None, state))
+        action = np.asarray(expert(None, state))
         assert reply_text(environment, action) == str(value)
         assert str(value) in environment.render(state)
 

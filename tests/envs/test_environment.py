@@ -75,7 +75,7 @@ def test_contract(name):
     assert (isinstance(text, str) and text.strip() and text.isprintable()) or "\n" in text
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "countdown")) for x in ENVIRONMENTS])
 def test_a_key_decides_everything(name):
     environment = ENVIRONMENTS[name]()
     reset = jax.jit(environment.reset)

@@ -222,6 +222,7 @@ def success():
     return run
 
 
+@pytest.mark.slow
 def test_demonstrator_is_as_good_as_the_base_model_of_the_paper_s_bench(success):
     # 1.9, 1.0 and 0.4 % without a lesson; at (12, 5) 20 % with the right one and 0.2 % with a wrong one.
     assert 1.5 < success("easy", 0) < 2.3

@@ -277,6 +277,7 @@ def success():
     return lambda *arguments: tuple(float(x) for x in rate(jax.random.key(0), *arguments))
 
 
+@pytest.mark.slow
 def test_demonstrator_is_helped_by_a_lesson(success):
     # Measured over 4,096 episodes: in four rooms .44 without and .97 with the right place, in two rooms .76 and .99.
     (plain, turns), (told, fewer) = success(4, False, 0.3), success(4, True, 0.3)
@@ -286,6 +287,7 @@ def test_demonstrator_is_helped_by_a_lesson(success):
     assert success(2, False, 0.0)[0] > 0.995  # without slips, two rooms can be searched in time
 
 
+@pytest.mark.slow  # by default it solves every task from its start
 def test_the_expert_recovers_from_any_position(world):
     environment = alfworld_household(world=world, horizon=60)
 

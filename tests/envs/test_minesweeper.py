@@ -221,20 +221,26 @@ def test_mines_are_kept_and_something_is_left_to_do(played):
     np.testing.assert_array_equal(state.left, (~state.opened & ~state.mines).sum((-1, -2)))
 
 
-def test_an_episode_begins_with_a_cascade_and_something_left_to_do():
+SMALL = {"num_rows": 5, "num_cols": 5, "num_mines": 1}
+
+
+@pytest.mark.parametrize(
+    "options, lone", [pytest.param({}, 0.01, marks=pytest.mark.slow), pytest.param(SMALL, 0.3)], ids=["paper", "small"]
+)
+def test_an_episode_begins_with_a_cascade_and_something_left_to_do(options, lone):
     """A blank open cell has open neighbours, as in play; on small boards with few mines that often leaves nothing."""
-    for options, lone in (({"num_rows": 5, "num_cols": 5, "num_mines": 1}, 0.3), ({}, 0.01)):
-        reset = jax.jit(jax.vmap(minesweeper(**options).reset))
-        state, _ = reset(jax.random.split(jax.random.key(4), 500))
-        codes = np.asarray(jax.jit(jax.vmap(board))(state))
-        assert (state.left > 0).all() and (codes != MINE).all()
-        for move in boards.KING:
-            beside = np.asarray(jax.vmap(lambda x, move=move: boards.neighbor(x, move, 0))(jnp.asarray(codes)))
-            assert not ((codes == 0) & (beside == HIDDEN)).any()
-        alone = (codes != HIDDEN).sum((1, 2)) == 1
-        assert alone.mean() > lone and (codes[alone] == HIDDEN).any(0).all()
+    reset = jax.jit(jax.vmap(minesweeper(**options).reset))
+    state, _ = reset(jax.random.split(jax.random.key(4), 500))
+    codes = np.asarray(jax.jit(jax.vmap(board))(state))
+    assert (state.left > 0).all() and (codes != MINE).all()
+    besides = jax.jit(jax.vmap(lambda x: [boards.neighbor(x, move, 0) for move in boards.KING]))
+    for beside in besides(codes):
+        assert not ((codes == 0) & (np.asarray(beside) == HIDDEN)).any()
+    alone = (codes != HIDDEN).sum((1, 2)) == 1
+    assert alone.mean() > lone and (codes[alone] == HIDDEN).any(0).all()
 
 
+@pytest.mark.slow  # by default the rules agree with those in plain Python, and do not read hidden mines
 def test_what_is_proven_holds_on_every_board_that_shows_the_same_numbers():
     """All 2**16 sets of mines on 4 x 4 cells, by brute force; the rules may miss proofs, but few."""
     begun, _, deduced, _, state, _, deduction = play(minesweeper(4, 4, 3), 60, 0.8)
@@ -273,10 +279,8 @@ def test_the_lesson_never_reads_hidden_mines(played):
     assert lessons[0].tolist() == [PROVEN_SAFE, TWO_NUMBERS]
 
 
-# A safe first move, shaped rewards and boards of several words have tests of their own.
-@pytest.mark.parametrize(
-    "name, reward, least", [("paper", "sparse", 0.9), pytest.param("classic", "shaped", 0.75, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # half of the play that agrees with plain Python is the expert's
+@pytest.mark.parametrize("name, reward, least", [("paper", "sparse", 0.9), ("classic", "shaped", 0.75)])
 def test_the_expert(name, reward, least):
     environment = minesweeper(**LEVELS[name], reward=reward)
 
@@ -359,17 +363,17 @@ def test_a_cascade_is_what_jumanji_shows_cell_by_cell(played):
         np.testing.assert_array_equal(np.where(codes == HIDDEN, -1, codes), now.board)
 
 
-def test_vmap_is_the_loop():
-    environment = minesweeper(3, 3, 2)
-
-    def one(key):
-        state, _ = environment.reset(key)
-        return environment.step(key, state, environment.expert(key, state))
-
-    keys = jax.random.split(jax.random.key(5), 3)
-    many, single = jax.jit(jax.vmap(one))(keys), jax.jit(one)
-    for i, key in enumerate(keys):
-        jax.tree.map(np.testing.assert_array_equal, single(key), at(many, i))
+def test_vmap_is_the_loop(environment, played):
+    """What was played in one vmap, once more by single resets and steps."""
+    begun, first, _, action, state, step, _ = played
+    reset, move = jax.jit(environment.reset), jax.jit(environment.step)
+    for i, key in enumerate(jax.random.split(jax.random.key(0), NUM)[:3]):
+        jax.tree.map(np.testing.assert_array_equal, reset(jax.random.split(key, 3)[0]), at((begun, first), i))
+        now = at(begun, i)
+        for t in range(4):
+            found = move(key, now, action[i, t])
+            jax.tree.map(np.testing.assert_array_equal, found, at((state, step), i, t))
+            now = at(state, i, t)
 
 
 @pytest.mark.slow  # the agreement with plain Python is that of compiled steps

@@ -165,12 +165,13 @@ def test_user_complains_or_thanks_and_names_only_a_violated_preference():
 def test_sessions_have_two_turns_and_then_freeze():
     environment = persona_chat()
 
-    @jax.jit
+    next_turn = jax.jit(environment.step)
+
     def run(key, first, second, third):
         session, _ = environment.reset(key, persona=1)
         steps = []
         for reply in (first, second, third):
-            session, step = environment.step(key, session, reply)
+            session, step = next_turn(key, session, reply)
             steps.append((session, step))
         return steps
 
@@ -275,6 +276,7 @@ def test_pretraining_examples_obey_hints_and_are_right(examples):
     assert (replies == EOS).argmax(axis=1).max() == REPLY - 1
 
 
+@pytest.mark.slow  # by default the examples of the law obey hints
 def test_base_law_has_the_style_that_nobody_wants_until_told(examples):
     contexts, replies = examples
     hinted = (contexts[:, FEEDBACK] >= HINT).any(axis=1)
@@ -303,6 +305,7 @@ def test_base_law_has_the_style_that_nobody_wants_until_told(examples):
     assert np.all(after)
 
 
+@pytest.mark.slow  # by default the expert pleases in sessions of two turns, and the examples of the law obey hints
 def test_expert_satisfies_everyone_and_a_hint_helps_the_second_reply():
     environment = persona_chat(p_dir=1.0)
 

@@ -76,7 +76,7 @@ def test_device_agrees_with_host_on_random_replies():
     rng = np.random.default_rng(0)
     end, common = VOCAB.index("<end>"), [VOCAB.index(piece) for piece in PIECES[1:]]
     rows, actions = [], []
-    for _ in range(20_000):
+    for _ in range(8000):
         row = int(rng.integers(len(answers)))
         core = encode(rng.choice(["", " "]) + answers[row])
         if rng.random() < 0.3:
@@ -106,7 +106,7 @@ def test_device_agrees_with_host_on_random_replies():
         else:
             assert got == correct, (text, answers[row])
         right += int(got)
-    assert 4000 < right < 16_000
+    assert 1600 < right < 6400
 
 
 def test_replies_one_by_one(products):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rollax.envs import household, persona_chat, scripted_episode
 
@@ -41,5 +42,9 @@ def test_an_episode_is_the_loop_and_stops_where_it_ends():
     environment = household()
     assert check(environment, environment.expert, [0]) == [4]
     assert check(environment, lambda key, state: jnp.asarray([0]), [0], lesson=jnp.asarray([3, 0])) == [5]
+
+
+@pytest.mark.slow  # as above, of another environment
+def test_a_session_is_the_loop_and_stops_where_it_ends():
     environment = persona_chat()
     assert set(check(environment, environment.demonstrate, range(4), persona=2)) <= {1, 2}

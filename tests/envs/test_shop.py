@@ -178,13 +178,17 @@ def test_lessons_are_true_and_progress_never_falls(played):
         np.testing.assert_array_equal(jax.vmap(function)(state), info[function.__name__][:, -1])
 
 
+@jax.jit
+def expert_episodes(world, keys, task):
+    """Of any world: one program for all levels."""
+    environment = shop(world=world)
+    return jax.vmap(lambda key, task: scripted_episode(key, environment, environment.expert, task_id=task))(keys, task)
+
+
 @pytest.mark.parametrize("level", LEVELS.values())
 def test_the_expert_always_wins_within_four_turns(level):
-    environment = shop(world=shop_world(jax.random.key(1), *level))
     task = jnp.arange(256)
-    episode = jax.jit(jax.vmap(lambda key, task: scripted_episode(key, environment, environment.expert, task_id=task)))(
-        jax.random.split(jax.random.key(0), 256), task
-    )
+    episode = expert_episodes(shop_world(jax.random.key(1), *level), jax.random.split(jax.random.key(0), 256), task)
     assert np.all(episode.state.won) and np.all(episode.state.turn <= 4) and np.mean(episode.state.turn == 4) > 0.7
     np.testing.assert_array_equal(episode.step.reward.sum(axis=1), 10)
     np.testing.assert_array_equal(episode.state.task, task)
@@ -208,6 +212,7 @@ def test_a_state_that_is_done_is_frozen(world):
     assert float(step.reward) == 0 and bool(step.terminated) and int(step.observation.length) == 0
 
 
+@pytest.mark.slow
 def test_demonstrator_needs_the_right_lesson():
     @jax.jit
     def rate(key, kind):

@@ -218,7 +218,8 @@ def test_the_push_that_the_lesson_names_begins_a_solution(played):
             assert step.info["lesson"][i, t - 1, 1] == NOTHING
 
 
-@pytest.mark.parametrize("name", [pytest.param("easy", marks=pytest.mark.slow), "paper"])
+@pytest.mark.slow  # solutions of drawn levels are followed, and the solver tried, by default
+@pytest.mark.parametrize("name", ["easy", "paper"])
 def test_every_level_is_solved_by_its_own_solution_and_by_the_solver(name):
     level, horizon = LEVELS[name], LEVELS[name]["max_solution"]
     environment = sokoban(**level, horizon=horizon)
@@ -241,6 +242,7 @@ def test_every_level_is_solved_by_its_own_solution_and_by_the_solver(name):
         assert game.won
 
 
+@pytest.mark.slow  # five drawn levels of the usual size are solved by default
 def test_the_hard_level_keeps_its_word():
     level = jax.jit(lambda keys: jax.vmap(lambda key: sokoban_level(key, **LEVELS["hard"]))(keys))
     drawn = level(jax.random.split(jax.random.key(0), 50))
@@ -383,15 +385,17 @@ def test_sparse_rewards_and_a_bank():
     assert drawn == {np.asarray(x).tobytes() for x in levels.cells}
 
 
-def test_vmap_is_the_loop(environment):
-    def one(key):
-        state, _ = environment.reset(key)
-        return environment.step(key, state, environment.expert(key, state))
-
-    keys = jax.random.split(jax.random.key(5), 3)
-    many, single = jax.jit(jax.vmap(one))(keys), jax.jit(one)
-    for i, key in enumerate(keys):
-        jax.tree.map(np.testing.assert_array_equal, single(key), at(many, i))
+def test_vmap_is_the_loop(environment, played):
+    """What was played in one vmap, once more by single resets and steps."""
+    begun, first, action, state, step = played
+    reset, move = jax.jit(environment.reset), jax.jit(environment.step)
+    for i, key in enumerate(jax.random.split(jax.random.key(0), NUM)[:3]):
+        jax.tree.map(np.testing.assert_array_equal, reset(jax.random.split(key, 3)[0]), at((begun, first), i))
+        now = at(begun, i)
+        for t in range(4):
+            found = move(key, now, action[i, t])
+            jax.tree.map(np.testing.assert_array_equal, found, at((state, step), i, t))
+            now = at(state, i, t)
 
 
 @pytest.mark.slow  # the agreement with plain Python is that of compiled steps

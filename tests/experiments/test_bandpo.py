@@ -13,9 +13,9 @@ from rollax.agents import make_mesh
 from rollax.agents.pretrained import Pretrained, save_pretrained
 from rollax.agents.transformer import TransformerConfig, transformer
 from rollax.experiments import bandpo
-from rollax.experiments.bandpo import CLAIMS, Config, Policy, make_train, numbers_of
+from rollax.experiments.bandpo import CLAIMS, Config, Policy, configs_of, make_train, numbers_of
 from rollax.experiments.harness import study
-from rollax.experiments.harness.claims import judge
+from rollax.experiments.harness.claims import judge, judge_all
 from rollax.experiments.harness.loop import Results, stack
 
 TINY = ["--updates", "2", "--chunk", "1", "--seeds", "2", "--prompts", "4", "--samples", "8", "--mini-batches", "4"]
@@ -41,8 +41,9 @@ def run(tmp_path, *argv):
     return folder, json.loads((folder / "results.json").read_text())
 
 
-# A transformer trains from end to end in test_a_pretrained_model.
-@pytest.mark.parametrize("models", [("tabular",), pytest.param(("tabular", "transformer"), marks=pytest.mark.slow)])
+# By default test_a_pretrained_model is the run from end to end; the table's program and the claims have tests below.
+@pytest.mark.slow
+@pytest.mark.parametrize("models", [("tabular",), ("tabular", "transformer")])
 def test_a_study_end_to_end(tmp_path, capsys, models):
     argv = ("--model", "both" if len(models) > 1 else models[0])
     folder, results = run(tmp_path, *argv)
@@ -100,8 +101,13 @@ def test_a_pretrained_model(tmp_path):
     save_pretrained(tmp_path / "model-0.5", source)
     argv = ("--model", str(tmp_path / "model-0.5"), "--task", "products", "--bare", "--train-questions", "24")
     argv += ("--held-out-questions", "8", "--micro-batches", "2", "--block", "2", "--mini-batches", "2", "--seeds", "2")
-    _, results = run(tmp_path, *argv, "--max-answer", "6", "--arms", "band_kl", "--mesh", "data=2,fsdp=2,tensor=2")
+    folder, results = run(tmp_path, *argv, "--max-answer", "6", "--arms", "band_kl", "--mesh", "data=2,fsdp=2,tensor=2")
     assert len(results["model-0.5"]["rows"]["band_kl"]["reward"]) == 2
+    assert [claim["name"] for claim in results["model-0.5"]["claims"]] == ["R1b"]
+    report = (folder / "report.md").read_text()
+    assert all(word in report for word in ("R1b", "curves_model-0.5.png", "=>"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["update"] for line in lines} == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -146,21 +152,34 @@ def test_a_bad_value_gets_one_line_and_costs_nothing(tmp_path, capsys, argv, wor
     assert not (tmp_path / "bandpo").exists()
 
 
+# At temperature 1 the common token has probability 0.6, the edge of a bin, where rounding decides.
 SMALL = Config(model="tabular", updates=4, chunk=4, prompts=4, samples=8, mini_batches=4, passes=1, eval_prompts=2,
-               aggregation="token_mean")  # fmt: skip
+               aggregation="token_mean", temperature=1.1)  # fmt: skip
+
+CLIP, BAND, AGAIN = (bandpo.Row(*row, 0.1) for row in (("clip", "clip"), ("band_kl", "band_kl"), ("again", "clip")))
+ALL_ARMS, OLDEST = ("clip", "band_kl", "dppo_kl", "no_clip"), 3
 
 
 @functools.cache
-def trained(config, arms, rows=None):
-    """States and metrics of a tabular run, `[rows, seeds]`."""
-    task, policy = bandpo.prepare(config)
-    rows = rows or tuple(bandpo.make_rows(dataclasses.replace(config, arms=arms, staleness=0)))
+def program(config):
+    """(functions of one run, starts `[seeds]`, `advance` of rows and seeds), with the arms and lags of all tests."""
+    train = make_train(config, *bandpo.prepare(config), ALL_ARMS, OLDEST)
+    start = jax.jit(jax.vmap(lambda seed: train.init(jax.random.key(seed))))(jnp.arange(2))
+    return train, start, jax.jit(jax.vmap(jax.vmap(train.advance, in_axes=(0, None)), in_axes=(None, 0)))
+
+
+def as_numbers(config, rows):
     numbers, arms = numbers_of(config, list(rows))
-    numbers = stack(numbers)
-    train = make_train(config, task, policy, arms, max(row.staleness for row in rows))
-    init = jax.vmap(train.init)(jax.vmap(jax.random.key)(jnp.arange(2)))
-    advance = jax.vmap(jax.vmap(train.advance, in_axes=(0, None)), in_axes=(None, 0))
-    return jax.jit(advance)(init, numbers), (train, init, numbers)
+    return stack({row: n._replace(arm=ALL_ARMS.index(arms[n.arm])) for row, n in numbers.items()})
+
+
+@functools.cache
+def trained(config, rows=(CLIP, BAND, AGAIN)):
+    """States and metrics of a tabular run, `[rows, seeds]`; three rows, whatever is traced, share a program."""
+    same = dataclasses.replace(SMALL, aggregation=config.aggregation, micro_batches=config.micro_batches)
+    train, start, advance = program(same)
+    numbers = as_numbers(config, rows)
+    return advance(start, numbers), (train, start, numbers)
 
 
 def apart(x, y, start):
@@ -171,23 +190,55 @@ def apart(x, y, start):
     return np.linalg.norm(x - y) / np.linalg.norm(x - start)
 
 
+@functools.cache
+def single_runs(config):
+    """State and metrics of the first row's first seed and of the second row's second one, each run by itself."""
+    train, start, _ = program(config)
+    numbers, advance = as_numbers(config, (CLIP, BAND)), jax.jit(train.advance)
+    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+    return [advance(at(start, i), at(numbers, i)) for i in range(2)]
+
+
+# Single runs accumulate their gradients, the rows and seeds of one `vmap` do not: one pair of programs for two tests.
+IN_PARTS = dataclasses.replace(SMALL, micro_batches=4)
+
+
 def test_rows_and_seeds_in_one_vmap_equal_single_runs():
-    (states, metrics), (train, init, numbers) = trained(SMALL, ("clip", "band_kl"))
-    single = jax.jit(train.advance)
-    for row, seed in ((0, 0), (1, 1)):
-        state, one = single(*(jax.tree.map(lambda x, i=i: x[i], tree) for tree, i in ((init, seed), (numbers, row))))
-        assert apart(states.params["logits"][row, seed], state.params["logits"], init.params["logits"][seed]) < 5e-3
-        np.testing.assert_array_equal(metrics["reward"][row, seed], one["reward"])
+    (states, metrics), (_, start, _) = trained(SMALL)
+    for i, (state, one) in enumerate(single_runs(IN_PARTS)):
+        assert apart(states.params["logits"][i, i], state.params["logits"], start.params["logits"][i]) < 5e-3
+        np.testing.assert_array_equal(metrics["reward"][i, i], one["reward"])
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", pytest.param("seq_mean_token_mean", marks=pytest.mark.slow)])
 def test_accumulated_gradients_and_metrics_equal_whole_ones(aggregation):
-    config = dataclasses.replace(SMALL, aggregation=aggregation)
-    (whole, told), (_, init, _) = trained(config, ("clip", "band_kl"))
-    (parts, told_of_parts), _ = trained(dataclasses.replace(config, micro_batches=4), ("clip", "band_kl"))
-    assert apart(whole.params["logits"][1], parts.params["logits"][1], init.params["logits"]) < 5e-3
-    for name in ("clip_fraction", "entropy", "ratio_max", "token_count_by_prob"):
-        np.testing.assert_allclose(told[name][..., 0, :], told_of_parts[name][..., 0, :], rtol=1e-3, err_msg=name)
+    (whole, told), (_, start, _) = trained(dataclasses.replace(SMALL, aggregation=aggregation))
+    for i, (state, one) in enumerate(single_runs(dataclasses.replace(IN_PARTS, aggregation=aggregation))):
+        assert apart(whole.params["logits"][i, i], state.params["logits"], start.params["logits"][i]) < 5e-3
+        for name in ("clip_fraction", "entropy", "ratio_max", "token_count_by_prob"):
+            np.testing.assert_allclose(told[name][i, i], one[name], rtol=1e-3, err_msg=name)
+
+
+def test_every_claim_is_judged_of_the_rows_that_run_by_default():
+    """Results are made up: random numbers, and nine of ten clipped tokens were improbable."""
+    rng = np.random.default_rng(0)
+    for config in configs_of([]).values():
+        rows = [row.label for row in bandpo.make_rows(config)]
+        of_update = {name: {row: rng.random((3, 12)) for row in rows} for name in ("reward", "entropy", "kl_reached")}
+        train = {row: {name: values[row] for name, values in of_update.items()} for row in rows}
+        for values in train.values():
+            values |= {
+                "clip_fraction": np.full((3, 12), 0.1),
+                "clip_count_by_prob": np.tile([9.0, 1, 0, 0, 0], (3, 12, 1)),
+            }
+        held_out = {row: {name: rng.random((3, 4)) for name in ("reward", "pass@4")} for row in rows}
+        results = Results(train, held_out, np.arange(0, 13, 4), {})
+        judged = {verdict.name: verdict for verdict in judge_all(CLAIMS, results)}
+        assert set(judged) == {claim.name for claim in CLAIMS}
+        assert judged["R1a"].verdict == "holds" and judged["R1b"].verdict == "fails"
+        for measure in bandpo.COLUMNS.values():
+            assert all(np.isfinite(measure(results, row)).all() for row in rows)
+        assert "reward" in {panel.title for panel in bandpo.panels(results)}
 
 
 def test_no_clipped_token_gives_no_verdict():
@@ -199,16 +250,16 @@ def test_no_clipped_token_gives_no_verdict():
 
 def test_band_and_its_mask_take_the_same_steps():
     """Up to the caps of the ratio (10 and 20), Band's gradient is DPPO's (arXiv 2602.04879)."""
-    config = dataclasses.replace(SMALL, dual_clip=1e9, upper_max=1e9, ratio_cap=1e9, delta=0.005)
-    rows = (bandpo.Row("a", "band_kl", 0.1), bandpo.Row("b", "dppo_kl", 0.1))
-    (states, metrics), (_, init, _) = trained(config, ("band_kl", "dppo_kl"), rows)
-    assert (metrics["clip_fraction"].mean(axis=-1) > 0.01).all()
-    assert apart(*states.params["logits"], init.params["logits"]) < 5e-3
+    config = dataclasses.replace(SMALL, dual_clip=1e9, upper_max=1e9, ratio_cap=1e9, delta=0.005, temperature=1.0)
+    rows = (BAND, bandpo.Row("dppo_kl", "dppo_kl", 0.1), CLIP)
+    (states, metrics), (_, start, _) = trained(config, rows)
+    assert (metrics["clip_fraction"][:2].mean(axis=-1) > 0.01).all()
+    assert apart(*states.params["logits"][:2], start.params["logits"]) < 5e-3
 
 
 def test_staleness_samples_from_the_past():
-    rows = tuple(bandpo.Row(f"s{s}", "no_clip", 0.1, s) for s in (0, 1, 3))
-    (states, metrics), _ = trained(SMALL, ("no_clip",), rows)
+    rows = tuple(bandpo.Row(f"s{s}", "no_clip", 0.1, s) for s in (0, 1, OLDEST))
+    (states, metrics), _ = trained(SMALL, rows)
     # The first rollout comes from the start in all rows; a lag of 3 samples the first four from it.
     np.testing.assert_array_equal(metrics["share_good"][0, :, 0], metrics["share_good"][2, :, 0])
     np.testing.assert_array_equal(metrics["share_good"][1, :, :2], metrics["share_good"][2, :, :2])
@@ -218,6 +269,7 @@ def test_staleness_samples_from_the_past():
         assert (states.past["logits"][row, :, 0] != states.past["logits"][row, :, 1]).any()
 
 
+@pytest.mark.slow  # harness/test_devices.py moves such a model between meshes; above one runs on a mesh
 def test_sharding_does_not_change_an_update():
     """A language model's update on eight devices (data, fsdp, tensor) equals the one on one device."""
     _, model = tiny_lm()

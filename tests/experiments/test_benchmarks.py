@@ -52,6 +52,7 @@ def test_band_bounds(monkeypatch):
     assert all(line[-1].endswith("%") for line in lines)
 
 
+@pytest.mark.slow
 def test_env_steps(tmp_path):
     out = tmp_path / "folder" / "out.json"
     env_steps.main(["--no-peer", "--num-envs", "2", "4", "--steps", "401", "--repeats", "2", "--out", str(out)])
@@ -92,6 +93,7 @@ def test_episodes_that_differ_are_noticed():
             multi_turn.same_episodes(ours, types.SimpleNamespace(truncated=[False], **fields | {name: changed}))
 
 
+@pytest.mark.slow
 def test_value_models():
     kinds = value_models.value_model("none", prompts=3, seeds=2)
     assert list(kinds) == ["adapter and head", "and the baseline"]
@@ -108,6 +110,7 @@ def test_objectives(tmp_path):
     assert len(lone_rows(out)) == len(objectives.CASES)
 
 
+@pytest.mark.slow
 def test_generation(tmp_path):
     out = tmp_path / "out.json"
     size = ["--batches", "1", "3", "--prompt", "5", "--new", "4", "--repeats", "1"]
@@ -165,7 +168,11 @@ def modules_of_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
 
 
-@pytest.mark.parametrize("benchmark", KERNELS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize(
+    "benchmark",
+    [pytest.param(x, marks=pytest.mark.slow if x in (prefill, ttt) else ()) for x in KERNELS],
+    ids=lambda module: module.__name__.split(".")[-1],
+)
 def test_kernels(tmp_path, benchmark, modules_of_a_gpu, capsys):
     """Against peers that are part of JAX or written out: both sides run and agree, and a ratio is formed."""
     size, least = KERNELS[benchmark]

@@ -298,6 +298,7 @@ def test_pleased_share_is_that_of_the_last_ticks():
 # --- Serving and training side by side ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # what a loop serves while it trains is for agents/test_async_loop.py
 def test_every_batch_after_the_first_is_one_version_stale(base):
     config = dataclasses.replace(TINY, part="asynchronous", slots=3, updates=12, chunk=12, longest_delay=2)
     train = openclaw_chat.asynchronous_train(config, "after_next_batch", base)
@@ -331,7 +332,7 @@ def test_a_judge_of_steps_sees_subtasks():
     np.testing.assert_allclose((many != votes).mean(), 0.25, atol=0.02)
 
 
-@pytest.mark.parametrize("bench", ["minesweeper", "sokoban"])
+@pytest.mark.parametrize("bench", [pytest.param("minesweeper", marks=pytest.mark.slow), "sokoban"])
 def test_a_first_move_that_does_nothing_earns_nothing(bench):
     config = dataclasses.replace(TINY, part=bench, bench=bench, horizon=6)
     env = agents.environment(config, jax.random.key(0))
@@ -387,10 +388,8 @@ def test_buckets_without_a_signal_are_counted():
     np.testing.assert_allclose(told["advantage variance"], 2 / 3)
 
 
-@pytest.mark.parametrize(
-    "bench",
-    ["household", *(pytest.param(bench, marks=pytest.mark.slow) for bench in ("shop", "minesweeper", "sokoban"))],
-)
+@pytest.mark.slow  # the part chat trains by default, see `trained`
+@pytest.mark.parametrize("bench", ["household", "shop", "minesweeper", "sokoban"])
 def test_agents_train_and_are_watched(bench):
     config = dataclasses.replace(
         TINY, part="agents", bench=bench, tasks=2, group=3, horizon=6, num_first=4, num_second=3, updates=1, chunk=1,

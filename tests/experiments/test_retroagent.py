@@ -22,19 +22,34 @@ SMALL = retroagent.Config(
 )  # fmt: skip
 
 
+def start(key, config):
+    """Parameters of a base model that knows nothing."""
+    model = retroagent_base.small_model(config, envs.household(*LEVEL))
+    heads = retroagent_base.heads_init(key, config.width, retroagent_base.NUM_LESSONS)
+    return {"policy": model.init(key), "heads": heads}
+
+
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A base model of a few steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retroagent_base, "CACHE", tmp_path_factory.mktemp("bases"))
-        params = retroagent_base.base_model(SMALL)
-        again = retroagent_base.base_model(SMALL)  # read, not trained
-        assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
-        assert len(list(retroagent_base.CACHE.glob("*.npz"))) == 1
-        patch.setattr(retroagent_base, "pretrain", lambda key, config: {"key": jax.random.key_data(key)})
-        changed = retroagent_base.base_model(dataclasses.replace(SMALL, base_seed=1))  # another one, and its seed's own
-        np.testing.assert_array_equal(changed["key"], jax.random.key_data(jax.random.key(1)))
-    return params
+def fresh():
+    return jax.jit(functools.partial(start, config=SMALL))(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "trained", [False, pytest.param(True, marks=pytest.mark.slow)], ids=lambda x: "trained" if x else "fresh"
+)
+def test_a_base_model_is_kept(tmp_path, monkeypatch, trained, fresh):
+    monkeypatch.setattr(retroagent_base, "CACHE", tmp_path)
+    if not trained:
+        monkeypatch.setattr(retroagent_base, "pretrain", lambda key, config: fresh)
+    params = retroagent_base.base_model(SMALL)
+    again = retroagent_base.base_model(SMALL)  # read, not trained
+    assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
+    assert len(list(retroagent_base.CACHE.glob("*.npz"))) == 1
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), params, fresh)
+    assert (max(jax.tree.leaves(moved)) > 0) == trained
+    monkeypatch.setattr(retroagent_base, "pretrain", lambda key, config: {"key": jax.random.key_data(key)})
+    changed = retroagent_base.base_model(dataclasses.replace(SMALL, base_seed=1))  # another one, and its seed's own
+    np.testing.assert_array_equal(changed["key"], jax.random.key_data(jax.random.key(1)))
 
 
 def test_every_lesson_of_a_level_has_a_number_and_comes_back():
@@ -107,10 +122,10 @@ def test_episodes_read_without_their_padding_have_the_log_probs_that_they_were_s
         assert (episodes.positions[row, end:] == -1).all()
 
 
-def test_arms_of_one_program_do_what_they_say(base):
+def test_arms_of_one_program_do_what_they_say(fresh):
     """All of them start alike; the plain arm shows no lesson, a full group shows one as soon as there are any."""
-    tossing = jax.tree.map(jnp.zeros_like, base["heads"]["outcome"])  # else it may be right everywhere, and not learn
-    train = retroagent.make_train(SMALL, base | {"heads": base["heads"] | {"outcome": tossing}})
+    tossing = jax.tree.map(jnp.zeros_like, fresh["heads"]["outcome"])  # else it may be right everywhere, and not learn
+    train = retroagent.make_train(SMALL, fresh | {"heads": fresh["heads"] | {"outcome": tossing}})
     arms = {name: retroagent.ARMS[name] for name in ("grpo", "capability", "ucb, full", "dual, trained")}
     stacked = jax.tree.map(lambda *x: jnp.asarray(x), *arms.values())
     state = jax.jit(train.init)(jax.random.key(0))
@@ -147,6 +162,7 @@ def test_wrong_lessons_are_wrong_of_both_facts_and_not_all_by_the_same():
         assert set(off) == set(range(1, size))
 
 
+@pytest.mark.slow  # read as they are scored above, scored as they were sampled in agents/test_generation.py
 def test_played_episodes_are_read_with_the_log_probs_that_they_were_sampled_with():
     world = envs.household_world(jax.random.key(0), *LEVEL)
     env = envs.household(world=world)
@@ -179,8 +195,8 @@ def test_the_expert_wins_an_episode_of_every_world():
 
 
 @pytest.mark.slow
-def test_lessons_are_of_the_task_or_its_like_and_a_poisoned_memory_is_wrong(base):
-    train = retroagent.make_train(SMALL, base)
+def test_lessons_are_of_the_task_or_its_like_and_a_poisoned_memory_is_wrong():
+    train = retroagent.make_train(SMALL, jax.jit(retroagent_base.pretrain, static_argnums=1)(jax.random.key(0), SMALL))
     state = jax.jit(train.init)(jax.random.key(0))
     clean, bad = (retroagent.ARMS["similarity, half"]._replace(poison=p) for p in (0, 1))
     advance = jax.jit(train.advance)

@@ -55,7 +55,9 @@ def test_failed_points_are_listed(tmp_path, capsys):
     ("launcher", "chunks"),
     [
         (["--workers", "2"], (2, 4)),
-        (["--launcher", "slurm", "--slurm", "cluster=local", "timeout_min=5"], (2,)),
+        pytest.param(
+            ["--launcher", "slurm", "--slurm", "cluster=local", "timeout_min=5"], (2,), marks=pytest.mark.slow
+        ),
         pytest.param(["--launcher", "ray"], (2, 4), marks=pytest.mark.slow),
     ],
     ids=("workers", "slurm", "ray"),
@@ -96,6 +98,7 @@ def test_a_search_with_two_workers_and_pruning(tmp_path, capsys):
     assert len(optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder / 'optuna.db'}").trials) == len(trials)
 
 
+@pytest.mark.slow  # harness/test_sweep.py interrupts one in process, harness/test_loop.py kills a run
 def test_a_killed_sweep_resumes(tmp_path):
     argv = [TOY, "--grid", "lr=0.1,0.3", "--updates", "4000", "--save-every", "0", "--runs", str(tmp_path)]
     command = [sys.executable, "-m", "rollax.experiments.sweep", *argv, "--name", "s"]

@@ -64,6 +64,7 @@ def test_rank_correlation():
     )
 
 
+@pytest.mark.slow  # the verdicts of the cheap part, below, are those of the tables
 def test_estimators_agree_with_the_exact_tables():
     """The mean error over many prompts is that of dynamic programming at p = 1/2."""
     config = v05.Config(part="estimators", prompts=4096, updates=4, chunk=4)
@@ -126,7 +127,7 @@ def test_arithmetic_prompts_have_their_answers():
 @pytest.fixture(scope="module")
 def policy():
     config = SMALL
-    values = tuple(v05_values.v0_init(jax.random.key(i), v05_values.V0) for i in range(2))
+    values = jax.jit(lambda: tuple(v05_values.v0_init(jax.random.key(i), v05_values.V0) for i in range(2)))()
     train = v05_policy.policy_train(config, values)
     state = jax.jit(train.init)(jax.random.key(0))
     advance = jax.jit(train.advance)

@@ -31,6 +31,9 @@ value_and_grad = jax.jit(
 )
 
 
+log_probs = compiled(linear_log_prob, static_argnames=("chunk", "columns", "implementation"))
+
+
 def test_reference_is_the_definition(inputs):
     hidden, head, targets = (np.asarray(x, np.float64) for x in inputs)
     logits = hidden @ head / 0.7
@@ -60,7 +63,7 @@ def test_gradients_are_finite_differences(inputs):
     hidden, head, targets = inputs
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), "float64") for x in (hidden[:1, :3], head, 0.7)]
-        f = lambda h, w, t: linear_log_prob(h, w, targets[:1, :3], temperature=t, chunk=2, columns=24)  # noqa: E731
+        f = jax.jit(lambda h, w, t: linear_log_prob(h, w, targets[:1, :3], temperature=t, chunk=2, columns=24))
         assert f(*wide)[0].dtype == jnp.float64
         check_grads(f, wide, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
@@ -69,18 +72,19 @@ def test_logits_far_from_zero_lose_nothing(inputs):
     """Every logit moved by 1000: sums over blocks of columns must not subtract large numbers from each other."""
     hidden, head, targets = inputs
     moved = jnp.concatenate([hidden, jnp.full((B, T, 1), 1000.0)], axis=-1)
+    still = jnp.concatenate([hidden, jnp.zeros((B, T, 1))], axis=-1)
+    head = jnp.concatenate([head, jnp.ones((1, V))])
     for columns in (17, 50):
-        plain = linear_log_prob(hidden, head, targets, columns=columns)
-        far = linear_log_prob(moved, jnp.concatenate([head, jnp.ones((1, V))]), targets, columns=columns)
+        plain, far = (log_probs(x, head, targets, columns=columns) for x in (still, moved))
         for a, b in zip(far, plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # the logits themselves are rounded to 6e-5
 
 
 def test_bfloat16_accumulates_in_float32(inputs):
     hidden, head, targets = (inputs[0].astype(jnp.bfloat16), inputs[1].astype(jnp.bfloat16), inputs[2])
-    wide = linear_log_prob(hidden.astype(jnp.float32), head.astype(jnp.float32), targets)
+    wide = log_probs(hidden.astype(jnp.float32), head.astype(jnp.float32), targets)
     for how in ({"implementation": "reference"}, {"chunk": 4}):
-        narrow = linear_log_prob(hidden, head, targets, **how)
+        narrow = log_probs(hidden, head, targets, **how)
         assert all(x.dtype == jnp.float32 for x in narrow)
         for a, b in zip(narrow, wide, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -167,9 +171,12 @@ def test_explain_says_what_runs(inputs, capsys):
 def test_vmap_over_models_and_temperatures(inputs):
     hidden, head, targets = inputs
     heads, temperatures = np.stack([head, 2 * head]), np.array([0.5, 1.5], np.float32)
-    f = lambda w, t: linear_log_prob(hidden, w, targets, temperature=t, chunk=4)  # noqa: E731
-    gradient = jax.grad(lambda w, t: f(w, t)[0].sum() + f(w, t)[1].sum(), argnums=(0, 1))
-    both = lambda w, t: (f(w, t), gradient(w, t))  # noqa: E731
+
+    def total(w, t):
+        log_prob, entropy = linear_log_prob(hidden, w, targets, temperature=t, chunk=4)
+        return log_prob.sum() + entropy.sum(), (log_prob, entropy)
+
+    both = jax.grad(total, argnums=(0, 1), has_aux=True)
     one, together = compiled(both), compiled(jax.vmap(both))(heads, temperatures)
     for i in range(2):
         alone = one(heads[i], temperatures[i])

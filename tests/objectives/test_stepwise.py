@@ -11,6 +11,7 @@ from rollax import objectives as ob
 from rollax.tests.support import GOLDEN as FOLDER
 
 GOLDEN = dict(np.load(FOLDER / "openclaw_rl.npz"))
+by_index = jax.jit(ob.step_index_advantage)
 
 
 def case_of(number):
@@ -70,16 +71,16 @@ def test_buckets_by_hand(bucket):
 def test_single_constant_and_all_constant_buckets():
     valid = np.asarray([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]], bool)
     reward = np.asarray([[[0.5, 2.0, 0], [0.5, 0, 0]], [[1.0, 3.0, -0.7], [2.0, 3.0, 0]]])
-    advantage, kept = ob.step_index_advantage(reward, valid)
+    advantage, kept = by_index(reward, valid)
     # Task 0: constant, then one of two trajectories. Task 1: 1 and 2, constant, one.
     np.testing.assert_array_equal(kept, [[[0, 1, 0], [0, 0, 0]], [[1, 0, 1], [1, 0, 0]]])
     np.testing.assert_allclose(advantage, [[[0, 2, 0], [0, 0, 0]], [[-1, 0, -0.7], [1, 0, 0]]], atol=1e-5)
     # Nothing varies: the first bucket stays, with zeros. Its first trajectory need not have made the step.
     valid = np.asarray([[[0, 0], [1, 1], [1, 1]], [[1, 1], [1, 1], [1, 1]]], bool)
-    advantage, kept = ob.step_index_advantage(np.full(valid.shape, 0.1), valid)
+    advantage, kept = by_index(np.full(valid.shape, 0.1), valid)
     np.testing.assert_array_equal(kept, [[[0, 0], [1, 0], [1, 0]], [[0, 0], [0, 0], [0, 0]]])
     assert not np.any(advantage)
-    advantage, kept = ob.step_index_advantage(np.ones((2, 3, 2)), np.zeros((2, 3, 2), bool))
+    advantage, kept = by_index(np.ones((2, 3, 2)), np.zeros((2, 3, 2), bool))
     assert not np.any(advantage) and not np.any(kept)
 
 
@@ -95,19 +96,19 @@ def test_outcome_and_votes_add_up():
 def test_constants_scale_shift_and_order():
     _, valid = case_of(0)
     reward = np.random.default_rng(1).normal(size=valid.shape)
-    advantage, kept = ob.step_index_advantage(reward, valid, 0.0)
+    advantage, kept = by_index(reward, valid, 0.0)
     alone = valid & (valid.sum(axis=1, keepdims=True) == 1)
-    moved, _ = ob.step_index_advantage(3 * reward - 5, valid, 0.0)
+    moved, _ = by_index(3 * reward - 5, valid, 0.0)
     np.testing.assert_allclose(np.where(alone, 0, moved), np.where(alone, 0, advantage), rtol=1e-4, atol=1e-5)
     order = np.asarray([3, 0, 5, 1, 4, 2])
-    swapped, swapped_kept = ob.step_index_advantage(reward[:, order], valid[:, order], 0.0)
+    swapped, swapped_kept = by_index(reward[:, order], valid[:, order], 0.0)
     np.testing.assert_allclose(swapped, advantage[:, order], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(swapped_kept, kept[:, order])
-    gradient = jax.grad(lambda x: ob.step_index_advantage(x, valid)[0].sum())(jnp.asarray(reward))
+    gradient = jax.grad(lambda x: by_index(x, valid)[0].sum())(jnp.asarray(reward))
     assert not np.any(gradient)
-    several = jax.vmap(ob.step_index_advantage, in_axes=(None, None, 0))(reward, valid, jnp.asarray([0.0, 1e-6, 0.5]))
+    several = jax.vmap(by_index, in_axes=(None, None, 0))(reward, valid, jnp.asarray([0.0, 1e-6, 0.5]))
     for i, eps in enumerate((0.0, 1e-6, 0.5)):
-        np.testing.assert_allclose(several[0][i], ob.step_index_advantage(reward, valid, eps)[0], rtol=1e-6)
+        np.testing.assert_allclose(several[0][i], by_index(reward, valid, eps)[0], rtol=1e-6)
 
 
 def test_bad_input():

@@ -8,13 +8,14 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from rollax.experiments.bandpo import STUDY as BANDPO
 from rollax.experiments.bandpo import configs_of
 from rollax.experiments.harness import sweep
-from rollax.experiments.harness.loop import run, vectorize
+from rollax.experiments.harness.loop import run, stack, vectorize
 from rollax.experiments.harness.run_folder import RunFolder
 
 spec = importlib.util.spec_from_file_location("toy_study", Path(__file__).parent / "toy_study.py")
@@ -95,10 +96,9 @@ def test_what_a_study_calls_traced_leaves_its_program_alone():
 
     def text(config):
         build = BANDPO.build(config)
-        program = vectorize(build.train, build.rows, range(2), "data=1")
-        import jax
-
-        return jax.jit(program.advance).lower(program.state, program.numbers).as_text(), program.numbers
+        numbers, state = stack(build.rows), jax.eval_shape(build.train.init, jax.random.key(0))
+        one = jax.tree.map(lambda x: x[0], numbers)
+        return jax.jit(build.train.advance).lower(state, one).as_text(), numbers
 
     before, numbers = text(config)
     changed = {field: 1.5 * getattr(config, field) for field in BANDPO.traced if getattr(config, field)}

@@ -13,7 +13,6 @@ from rollax.kernels.flash_prefill import (
     FlashPrefillConfig,
     PackedPrefillConfig,
     api,
-    dense_attention,
     flash_prefill,
     flash_prefill_packed,
     mean_pool,
@@ -28,6 +27,7 @@ from rollax.tests.support import GOLDEN, compiled
 
 IMPLEMENTATIONS = ["reference", "xla", pytest.param("interpret", marks=pytest.mark.slow)]
 SLOW_REFERENCE = pytest.param("reference", marks=pytest.mark.slow)
+SLOW_XLA = pytest.param("xla", marks=pytest.mark.slow)
 ARRAYS = dict(np.load(GOLDEN / "flashprefill.npz"))
 V2 = ["v2a", "v2b", "v2c"]
 DENSE = PackedPrefillConfig(alpha=0.0, block_size=8, tile_rows=8, sink_blocks=0, window_blocks=1, last_full_tiles=0)
@@ -62,8 +62,14 @@ def case_of(name):
     return arrays, cfg, len(arrays["k"]) - len(arrays["q"])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", V2)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *itertools.product(V2, ["xla"]),
+        *(pytest.param(name, "reference", marks=[pytest.mark.slow] * (name != V2[-1])) for name in V2),
+        *(pytest.param(name, "interpret", marks=pytest.mark.slow) for name in V2),
+    ],
+)
 def test_golden_selection(name, implementation):
     arrays, cfg, prefix = case_of(name)
     kbar, energy = energies(arrays["q"], arrays["k"], cfg, prefix, implementation)
@@ -85,8 +91,13 @@ def test_golden_selection(name, implementation):
     np.testing.assert_array_equal(np.cumsum([0, *fine.sum(-1)]), arrays["csr_ptr64"])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("name", V2)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *itertools.product(V2, ["xla"]),
+        *(pytest.param(name, "reference", marks=[pytest.mark.slow] * (name != V2[-1])) for name in V2),
+    ],
+)
 def test_golden_energies_in_double_precision(name, implementation):
     arrays, cfg, prefix = case_of(name)
     with jax.enable_x64(True):
@@ -100,10 +111,8 @@ def test_golden_energies_in_double_precision(name, implementation):
     ("name", "implementation"),
     [
         *itertools.product(V2, ["xla"]),
-        *(
-            pytest.param(name, implementation, marks=[pytest.mark.slow] * (name != V2[0]))
-            for name, implementation in itertools.product(V2, ["reference", "interpret"])
-        ),
+        *(pytest.param(name, "interpret", marks=[pytest.mark.slow] * (name != V2[0])) for name in V2),
+        *(pytest.param(name, "reference", marks=pytest.mark.slow) for name in V2),
     ],
 )
 def test_golden_outputs(name, implementation):
@@ -152,14 +161,44 @@ def random_qkv(seed=0, S=24, SK=48, HQ=6, HK=2, D=8, dtype=jnp.float32):
     return tuple(draw.normal(size=shape).astype(dtype) for shape in ((S, HQ, D), (SK, HK, D), (SK, HK, D)))
 
 
+def plain_attention(q, k, v, prefix=0, slope=None):
+    """Dense attention in NumPy, float64: query s sees the keys up to prefix + s.
+
+    Returns:
+      out, or with `slope`, the derivative of a loss by an element of out: (out, dq, dk, dv).
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    heads, scale = k.shape[1], q.shape[-1] ** -0.5
+    fold = lambda x: x.reshape(len(x), heads, -1, x.shape[-1]).sum(2)  # noqa: E731
+    k, v = (np.repeat(x, q.shape[1] // heads, axis=1) for x in (k, v))
+    seen = np.arange(len(k)) <= prefix + np.arange(len(q))[:, None]
+    logits = np.where(seen, np.einsum("shd,thd->hst", q, k) * scale, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum("hst,thd->shd", weights, v)
+    if slope is None:
+        return out
+    d_out = slope(out)
+    d_weights = np.einsum("shd,thd->hst", d_out, v)
+    d_logits = scale * weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    dq, dk = np.einsum("hst,thd->shd", d_logits, k), np.einsum("hst,shd->thd", d_logits, q)
+    return out, dq, fold(dk), fold(np.einsum("hst,shd->thd", weights, d_out))
+
+
+# test_golden_outputs_without_correction has a dense selection in xla.
+@pytest.mark.parametrize("implementation", [SLOW_REFERENCE, SLOW_XLA, *IMPLEMENTATIONS[2:]])
+def test_a_dense_selection_is_dense_attention(implementation):
+    q, k, v = random_qkv(S=48)
+    whole, stats = run(q, k, v, DENSE, implementation=implementation)
+    assert stats.density == 1
+    np.testing.assert_allclose(whole, plain_attention(q, k, v), rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("implementation", [SLOW_REFERENCE, *IMPLEMENTATIONS[1:]])
 def test_chunks_of_a_prompt_are_the_prompt(implementation):
     """Dense selection: a prompt read in chunks of traced prefix and length over one cache equals it read at once."""
     q, k, v = random_qkv(S=48)
-    expected, _ = compiled(partial(dense_attention, block_size=8, implementation="reference"))(q, k, v)
-    whole, stats = run(q, k, v, DENSE, implementation=implementation)
-    assert stats.density == 1
-    np.testing.assert_allclose(whole, expected, rtol=0, atol=5e-6)
+    expected = plain_attention(q, k, v)
     size = 20
     for start in (0, 20, 40):
         length = min(size, 48 - start)
@@ -178,7 +217,7 @@ def test_the_last_chunk_may_be_padded():
     q, k, v = random_qkv(seed=6, S=16, SK=40)
     call = partial(flash_prefill_packed, cfg=DENSE, prefix=32, correction=False, implementation="reference")
     out, _ = jax.jit(partial(call, length=8))(q, k, v)
-    np.testing.assert_allclose(out[:8], jax.jit(call)(q[:8], k, v)[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(out[:8], plain_attention(q[:8], k, v, 32), rtol=0, atol=1e-6)
     assert (out[8:] == 0).all()
 
 
@@ -186,7 +225,7 @@ def test_the_last_chunk_may_be_padded():
 def test_correction_is_exact_for_constant_blocks(implementation):
     q, k, v = random_qkv(seed=1)
     k, v = (np.repeat(x[::8], 8, axis=0) for x in (k, v))
-    dense, _ = run(q, k, v, DENSE, prefix=24, implementation=implementation)
+    dense = plain_attention(q, k, v, 24)
     sparse, stats = run(q, k, v, SPARSE, prefix=24, correction=False, implementation=implementation)
     corrected, _ = run(q, k, v, SPARSE, prefix=24, implementation=implementation)
     assert stats.density < 0.7 and np.abs(np.subtract(sparse, dense)).max() > 0.1
@@ -199,17 +238,13 @@ def test_correction_over_several_blocks_of_means(implementation):
     q, k, v = random_qkv(seed=5, S=16, SK=1072)
     k, v = (np.repeat(x[::8], 8, axis=0) for x in (k, v))
 
-    def results(cfg, implementation):
-        def loss(q, k, v):
-            out, stats = flash_prefill_packed(q, k, v, cfg, prefix=1056, implementation=implementation)
-            return jnp.sum(jnp.sin(out)), (out, stats.density)
+    def loss(q, k, v):
+        out, stats = flash_prefill_packed(q, k, v, SPARSE, prefix=1056, implementation=implementation)
+        return jnp.sum(jnp.sin(out)), (out, stats.density)
 
-        (_, (out, density)), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-        return density, (out, *gradients)
-
-    (density, actual), (_, expected) = results(SPARSE, implementation), results(DENSE, "reference")
+    gradients, (out, density) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
     assert density < 0.2
-    for a, b in zip(actual, expected, strict=True):
+    for a, b in zip((out, *gradients), plain_attention(q, k, v, 1056, slope=np.cos), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
 
 
@@ -222,7 +257,8 @@ def test_later_tiles_never_matter():
     assert (a[16:] != b[16:]).all(axis=(1, 2)).all()
 
 
-@pytest.mark.parametrize("implementation", [SLOW_REFERENCE, "xla"])
+# The gradients of test_correction_over_several_blocks_of_means go through all three parts too.
+@pytest.mark.parametrize("implementation", [SLOW_REFERENCE, SLOW_XLA])
 def test_gradients_are_finite_differences(implementation):
     """Through the sparse part, the mean keys and the mean values; the steps are too small to change the selection."""
     with jax.enable_x64(True):
@@ -239,7 +275,7 @@ def test_overflow_and_density():
     assert stats.overflow and stats.density == 1
     saved, stats = fall_back(slots=3, dense_on_overflow=True)
     assert stats.overflow
-    np.testing.assert_allclose(saved, fall_back()[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(saved, plain_attention(q, k, v, 24), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,10 @@ def close(got, expected, tolerance):
 
 def check_attention(case: Case, by_tile=False, **how):
     q, k, v, d_out, d_lse, index, count, index_t, count_t, *ends = make(case, by_tile=by_tile)
-    out, lse = pallas_mgpu.forward(q, k, v, index, count, *ends, **case.static, **how)
+    program = lambda function, **how: jax.jit(partial(function, **case.static, **how))  # noqa: E731
+    out, lse = program(pallas_mgpu.forward, **how)(q, k, v, index, count, *ends)
     exact = tuple(x.astype(jnp.float32) for x in (q, k, v))
-    expected_out, expected_lse = reference.forward(*exact, index, count, *ends, **case.static)
+    expected_out, expected_lse = program(reference.forward)(*exact, index, count, *ends)
     assert jnp.isinf(lse).any() and jnp.isfinite(lse).any()  # rows of both kinds
     assert not out[jnp.isinf(lse)].any()
     assert (out.dtype, lse.dtype) == (case.dtype, jnp.float32)
@@ -96,9 +97,9 @@ def check_attention(case: Case, by_tile=False, **how):
     close(out, expected_out, 2 * rounding)
     close(lse, expected_lse, 1e-6)
     saved = (out, lse, d_out, d_lse, index, count, index_t, count_t, *ends)
-    gradients = pallas_mgpu.backward(q, k, v, *saved, **case.static, **how)
+    gradients = program(pallas_mgpu.backward, **how)(q, k, v, *saved)
     exact_saved = (expected_out, expected_lse, d_out.astype(jnp.float32), *saved[3:])
-    for got, expected in zip(gradients, reference.backward(*exact, *exact_saved, **case.static), strict=True):
+    for got, expected in zip(gradients, program(reference.backward)(*exact, *exact_saved), strict=True):
         assert got.dtype == case.dtype
         close(got, expected, 3 * rounding)  # and one more, of delta's out
 
@@ -106,8 +107,9 @@ def check_attention(case: Case, by_tile=False, **how):
 def check_energy(case: Case, rule):
     q, k, _, _, _, _, _, _, _, offset, length = make(case)
     exact = tuple(x.astype(jnp.float32) for x in (q, k))
-    mass, top = pallas_mgpu.energy(q, k, offset, length, rule=rule, **case.static)
-    expected_mass, expected_top = reference.energy(*exact, offset, length, rule=rule, **case.static)
+    program = lambda function: jax.jit(partial(function, rule=rule, **case.static))  # noqa: E731
+    mass, top = program(pallas_mgpu.energy)(q, k, offset, length)
+    expected_mass, expected_top = program(reference.energy)(*exact, offset, length)
     assert jnp.isinf(top).any() and jnp.isfinite(top).any()
     close(top, expected_top, 1e-6)
     np.testing.assert_allclose(mass, expected_mass, rtol=2e-6)

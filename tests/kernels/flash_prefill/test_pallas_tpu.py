@@ -1,6 +1,6 @@
 """The TPU kernels against a dense model in float64 NumPy: interpreted, raced, lowered for every TPU generation.
 
-By default for v4, v5e and TPU7x, the others with the slow tests.
+By default for v4 and, inside `shard_map`, v5e, the others with the slow tests.
 """
 
 from functools import partial
@@ -170,15 +170,16 @@ def test_masks_by_tiles(width, tile, smem, monkeypatch):
     """What the mean correction needs; lists end inside a step of several blocks, and are split over calls."""
     monkeypatch.setattr(pallas_tpu_walk, "STEP_LENGTH", 128 * width)
     monkeypatch.setattr(pallas_tpu_walk, "SMEM_BYTES", smem)
-    case = Case(4, 2, 4 * tile, 384, 16, tile, 128, 1, (0,) * 4, (0,) * 4, 3)
+    case = Case(4, 2, 2 * tile, 384, 16, tile, 128, 1, (0,) * 4, (0,) * 4, 3)
     inputs, rng = make(case._replace(offset=(384,) * 4)), np.random.default_rng(1)
-    by_tile = rng.random((case.H, 4, case.keys)) < 0.3
+    by_tile = rng.random((case.H, 2, case.keys)) < 0.3
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", random_seed=0)
     results = run(case, inputs, 0.3, interpret, jnp.asarray(by_tile))
     check(results, dense(case, *inputs[:6], 0.3, by_tile), 5e-6)
 
 
-def test_bfloat16():
+def test_bfloat16(monkeypatch):
+    monkeypatch.setattr(pallas_tpu_walk, "STEP_LENGTH", 16)  # two blocks a step: quicker to compile than four
     case = CASES["packed_chunk"]
     inputs = make(case, dtype=jnp.bfloat16)
     results = run(case, inputs, 0.3, True)
@@ -191,7 +192,9 @@ def test_bfloat16():
         assert error < 1e-2, (name, error)
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+# By default test_masks_by_tiles detects races, in the same walk.
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
 def test_no_races_and_no_dependence_on_the_order_of_parallel_steps(seed):
     case = CASES[("packed_chunk", "heads_share_keys")[seed - 1]]
     inputs = make(case, seed)
@@ -199,6 +202,7 @@ def test_no_races_and_no_dependence_on_the_order_of_parallel_steps(seed):
     check(run(case, inputs, 0.3, interpret), dense(case, *inputs[:6], 0.3), 5e-6)
 
 
+@pytest.mark.slow  # test_masks_by_tiles splits lists over calls, against the dense model
 def test_lists_split_over_calls_give_identical_results(monkeypatch):
     case = CASES["heads_share_keys"]._replace(H=2, HK=1, offset=(0, 0), length=(64, 53))
     inputs = make(case)
@@ -213,10 +217,9 @@ def test_lists_split_over_calls_give_identical_results(monkeypatch):
     ("name", "rule"),
     [
         ("packed_chunk", "first"),
-        ("odd_group", "first"),
         ("heads_share_keys", "last"),
         *(pytest.param(name, "last", marks=pytest.mark.slow) for name in ("packed_chunk", "odd_group")),
-        pytest.param("heads_share_keys", "first", marks=pytest.mark.slow),
+        *(pytest.param(name, "first", marks=pytest.mark.slow) for name in ("heads_share_keys", "odd_group")),
     ],
 )
 def test_energy_equals_dense(name, rule):
@@ -246,6 +249,7 @@ def test_energy_in_chunks_of_tiles_and_blocks(monkeypatch):
     np.testing.assert_array_equal(top[0], np.where(np.tri(5) > 0, 0, -np.inf))
 
 
+@pytest.mark.slow  # all kernels are lowered inside shard_map below, and run in it with xla in test_attention.py
 def test_inside_shard_map_over_heads():
     case, scale = CASES["heads_share_keys"], 0.3
     inputs = make(case)
@@ -298,7 +302,7 @@ def lower_for_tpu(kind, name, function, arguments, devices=1):
     assert "tpu_custom_call" in text and name.split()[0] in text
 
 
-@pytest.mark.parametrize("kind", [pytest.param(x, marks=[pytest.mark.slow] * (x in KINDS[2:4])) for x in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=[pytest.mark.slow] * (x != KINDS[0])) for x in KINDS])
 def test_lowers_for_every_tpu_generation(kind):
     for name, call in real_calls().items():
         lower_for_tpu(kind, name, *call)

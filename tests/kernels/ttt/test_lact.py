@@ -107,16 +107,17 @@ def test_streams_at_different_places_and_resets():
 
 
 def test_gradients_through_slices():
-    w, x = weights(), stream(11)
-    target = jnp.cos(jnp.arange(B * H * 11 * D)).reshape(B, H, 11, D)
+    """The second slice completes a chunk and reads after it, in a loop of one window."""
+    w, x, rule = weights(), stream(9), MUON._replace(muon=False)  # which the state knows nothing of
+    target = np.cos(np.arange(B * H * 9 * D)).reshape(B, H, 9, D)
 
     def sliced(w, x):
-        state = ttt.lact_init(w, batch=B, chunk=C, rule=MUON, dtype=x[0].dtype)
-        first, state = ttt.lact_step(state, *cut(x, 0, 4), chunk=C, rule=MUON)
-        return jnp.concatenate([first, ttt.lact_step(state, *cut(x, 4, 11), chunk=C, rule=MUON)[0]], 2)
+        state = ttt.lact_init(w, batch=B, chunk=C, rule=rule, dtype=x[0].dtype)
+        first, state = ttt.lact_step(state, *cut(x, 0, 4), chunk=C, rule=rule)
+        return jnp.concatenate([first, ttt.lact_step(state, *cut(x, 4, 9), chunk=C, rule=rule)[0]], 2)
 
     gradient = lambda f: jax.jit(jax.grad(lambda w, x: jnp.sum(f(w, x) * target), argnums=(0, 1)))(w, x)  # noqa: E731
-    close(gradient(sliced), gradient(lambda w, x: ttt.lact_scan(w, *x, chunk=C, rule=MUON)[0]), 1e-8)
+    close(gradient(sliced), gradient(lambda w, x: ttt.lact_scan(w, *x, chunk=C, rule=rule)[0]), 1e-8)
 
 
 # Rows of two packings of sequences of 4 and 11 tokens, the longer writing twice; -1 is padding, more than a chunk of it
@@ -201,7 +202,7 @@ def test_rules_change_what_they_say():
 
 
 def test_detached_gradients():
-    w, x = weights(), stream(2 * C)
+    w, x = weights(), stream(2 * C - 1)  # one write
 
     def loss(w, x, rule):
         return jnp.sum(jnp.sin(ttt.lact_scan(w, *x, chunk=C, rule=rule)[0]))
@@ -283,43 +284,51 @@ def test_states_computed_again_are_the_same():
 
 
 def test_vmap_and_shard_map():
-    w, x = weights(), stream(2 * C, rows=4)
+    """Over batch and heads, in each device for two models; a chunk is written and two tokens wait."""
+    w, x = weights(), stream(C + 2, rows=4)
 
     def loss(w, x):
         value = ttt.lact_scan(w, *x, chunk=C)
         return jnp.sum(jnp.sin(value[0])), value
 
     gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    (dw, dx), value = jax.jit(gradient)(w, x)
+    alone = jax.jit(gradient)
+    each = [alone(model, x) for model in (w, weights(8))]
     mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(4, 2), ("batch", "heads"))
-    tokens, heads = P("batch", "heads"), P("heads")
-    states = jax.tree.map(lambda a: P("batch") if a.ndim == 1 else tokens, value[1])
-
-    in_specs = (jax.tree.map(lambda _: heads, w), (tokens,) * 5)
-    out_specs = (in_specs, (tokens, states))  # gradients are summed over the devices that share the weights
-    sharded = jax.shard_map(lambda w, x: gradient(w, x), mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    close(jax.jit(sharded)(w, x), ((dw, dx), value))
-
+    tokens, heads = P(None, "batch", "heads"), P(None, "heads")
+    values = jax.tree.map(lambda a: P(None, "batch") if a.ndim == 1 else tokens, each[0][1])
+    over_models = jax.tree.map(lambda _: heads, w)
+    sharded = jax.shard_map(
+        jax.vmap(gradient, in_axes=(0, None)),
+        mesh=mesh,
+        in_specs=(over_models, (P("batch", "heads"),) * 5),
+        out_specs=((over_models, (tokens,) * 5), values),  # gradients are summed over what shares the weights
+    )
     models = jax.tree.map(lambda *a: np.stack(a), w, weights(8))
-    together, _ = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(models, x)
-    close(jax.tree.map(lambda a: a[0], together), (dw, dx))
+    close(jax.jit(sharded)(models, x), jax.tree.map(lambda *a: np.stack(a), *each))
 
 
-def test_shard_map_of_packing_streams_and_segments():
+# By default those that make other programs than `test_vmap_and_shard_map` and need few windows.
+@pytest.mark.parametrize("form", [pytest.param("packing", marks=pytest.mark.slow), "stream", "segments"])
+def test_shard_map_of_packing_streams_and_segments(form):
     """Over batch and heads, weights shared by the batch; the stream begins inside."""
     w, x, ids = weights(), stream(3), jnp.asarray([[0, 0, 1], [2, -1, 3]])
     how = dict(chunk=2, rule=DESCENT)
 
-    def forms(w, x, ids):
-        packed, state = ttt.lact_scan(w, *x, segment_ids=ids, **how)
-        begun = ttt.lact_init(w, batch=x[0].shape[0], dtype=x[0].dtype, **how)
-        streamed, begun = ttt.lact_step(begun, *cut(x, 0, 1), **how)
-        both, _ = ttt.lact_segments(w, *x, segments=[(0, 3, 1, 1)], rule=DESCENT)
-        out = packed, streamed, both
-        return sum(jnp.sum(jnp.sin(a)) for a in out), (out, state, begun)
+    def run(w, x, ids):
+        if form == "packing":
+            return ttt.lact_scan(w, *x, segment_ids=ids, **how)
+        if form == "stream":
+            begun = ttt.lact_init(w, batch=x[0].shape[0], dtype=x[0].dtype, **how)
+            return ttt.lact_step(begun, *cut(x, 0, 1), **how)
+        return ttt.lact_segments(w, *x, segments=[(0, 3, 1, 1)], rule=DESCENT)[0]
+
+    def loss(w, x, ids):
+        value = run(w, x, ids)
+        return jnp.sum(jnp.sin(jax.tree.leaves(value)[0])), value
 
     def local(w, x, ids):
-        (_, value), gradient = jax.value_and_grad(forms, argnums=(0, 1), has_aux=True)(w, x, ids)
+        (_, value), gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(w, x, ids)
         return value, gradient
 
     expected = jax.jit(local)(w, x, ids)
@@ -341,7 +350,7 @@ def test_no_tokens_change_nothing():
 
 
 def test_narrow_tokens_keep_a_wide_state():
-    w, x = weights(), stream(2 * C + 1)
+    w, x = weights(), stream(C + 3)
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (w, x))
     out, state = scan(narrow[0], *narrow[1], chunk=C, rule=DESCENT)
     assert out.dtype == state.buf_k.dtype == jnp.bfloat16
@@ -351,7 +360,7 @@ def test_narrow_tokens_keep_a_wide_state():
     assert ttt.lact_apply(narrow[0], narrow[1][0], implementation="reference").dtype == jnp.bfloat16
     # A buffer wider than the tokens changes nothing.
     begun, pieces = ttt.lact_init(narrow[0], batch=B, chunk=C, rule=DESCENT), []
-    for part in (cut(narrow[1], 0, 3), cut(narrow[1], 3, 2 * C + 1)):
+    for part in (cut(narrow[1], 0, 3), cut(narrow[1], 3, C + 3)):
         piece, begun = step(begun, *part, chunk=C, rule=DESCENT)
         pieces.append(piece)
     assert begun.buf_k.dtype == jnp.float32
@@ -359,15 +368,16 @@ def test_narrow_tokens_keep_a_wide_state():
 
 
 def test_wide_tokens_widen_the_state():
-    w, x = weights(), stream(C + 1)
+    w, x, rule = weights(), stream(C + 1), MUON._replace(muon=False)  # which holds no state
     narrow = jax.tree.map(lambda a: a.astype(np.float32), w)
     rounded = jax.tree.map(lambda a: a.astype(np.float64), narrow)
-    close(scan(narrow, *x, chunk=C, rule=MUON), scan(rounded, *x, chunk=C, rule=MUON))
-    state = ttt.lact_init(narrow, batch=B, chunk=C, rule=MUON)
+    expected = scan(rounded, *x, chunk=C, rule=rule)
+    close(scan(narrow, *x, chunk=C, rule=rule), expected)
+    state = ttt.lact_init(narrow, batch=B, chunk=C, rule=rule)
     with pytest.raises(ValueError, match="k and v must not be wider than the state's float32, got float64 and float64"):
-        ttt.lact_step(state, *x, chunk=C, rule=MUON)
-    state = ttt.lact_init(narrow, batch=B, chunk=C, rule=MUON, dtype=np.float64)
-    close(step(state, *x, chunk=C, rule=MUON), scan(rounded, *x, chunk=C, rule=MUON))
+        ttt.lact_step(state, *x, chunk=C, rule=rule)
+    state = ttt.lact_init(narrow, batch=B, chunk=C, rule=rule, dtype=np.float64)
+    close(step(state, *x, chunk=C, rule=rule), expected)
 
 
 def recall(rule, rate, ages, seeds=3, d=64, objects=8, copies=8, chunks=12):
@@ -393,6 +403,7 @@ def recall(rule, rate, ages, seeds=3, d=64, objects=8, copies=8, chunks=12):
     return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), seeds)).mean(0))
 
 
+@pytest.mark.slow  # golden arrays have both norms; this is what they are for
 def test_what_the_rules_remember():
     """Pre-norm keeps old chunks, post-norm forgets with age, small plain steps store almost nothing (chance 1/8)."""
     pre = recall(ttt.UpdateRule(norm="pre"), 1e-2, (1, 8))

@@ -149,7 +149,11 @@ def test_gelu_and_its_derivatives():
 @needs_interpreter
 @pytest.mark.parametrize(
     ("rows", "inner", "columns", "turned", "symmetric"),
-    [(128, 320, 192, False, False), (128, 64, 128, True, False), (256, 192, 256, True, True)],
+    [
+        pytest.param(128, 320, 192, False, False, marks=pytest.mark.slow),
+        pytest.param(128, 64, 128, True, False, marks=pytest.mark.slow),
+        (256, 192, 256, True, True),
+    ],
 )
 def test_combine_interpreted(rows, inner, columns, turned, symmetric):
     """Sums of products: more steps than slots, columns that 128 does not divide, tiles above the diagonal."""
@@ -197,6 +201,7 @@ def test_what_stays_on_chip():
 
 
 @needs_interpreter
+@pytest.mark.slow  # by default the kernels are lowered, their epilogues are tested, and TTT-Linear's are interpreted
 def test_lact_interpreted():
     check_lact(interpreted)
 
@@ -221,6 +226,7 @@ def test_ttt_linear_shapes_interpreted(K, n, group, N):
 
 
 @needs_interpreter
+@pytest.mark.slow  # the same
 def test_ttt_mlp_interpreted():
     check_ttt(interpreted, K=16, n=3, group=2, units=256, dtype=jnp.float16)  # a group is learnt again, one is short
 
@@ -347,17 +353,33 @@ def calls(C, d, h, L, K=16, dtype=jnp.bfloat16):
     yield partial(pallas_mgpu.newton_schulz_backward, coeffs=MUON5, dtype=dtype), (g, g)
 
 
-def test_lowering():
+LOWERED = (
+    "lact_apply",
+    "lact_apply_backward",
+    "lact_grads",
+    "lact_grads_backward",
+    "ttt_forward",
+    "ttt_backward",
+    pytest.param("newton_schulz_backward", marks=pytest.mark.slow),  # `combine`, interpreted by default
+)
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowering(name):
     """Every kernel becomes a Mosaic GPU program for Hopper; needs no compiler for GPUs."""
     mesh = AbstractMesh((1,), ("x",), abstract_device=DEVICE)
-    for function, args in calls(C=2048, d=128, h=128, L=32768):
-        with use_abstract_mesh(mesh):
-            text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-        assert "mosaic_gpu" in text
+    named = {getattr(f, "func", f).__name__: (f, args) for f, args in calls(C=2048, d=128, h=128, L=32768)}
+    assert len(named) == len(LOWERED)
+    function, args = named[name]
+    with use_abstract_mesh(mesh):
+        text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
-def test_lowering_inside_shard_map_and_vmap():
-    """The gradient of the public function, its batch and heads over 2 x 2 devices, then for two sets of weights."""
+# A sweep of Newton-Schulz is lowered below.
+@pytest.mark.parametrize("form", ["shard_map", pytest.param("vmap", marks=pytest.mark.slow)])
+def test_lowering_inside_shard_map_and_vmap(form):
+    """The gradient of the public function, its batch and heads over 2 x 2 devices, or for two sets of weights."""
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = AbstractMesh((2, 2), ("batch", "heads"), axis_types=auto, abstract_device=DEVICE)
     tokens, heads = PartitionSpec("batch", "heads"), PartitionSpec("heads")
@@ -373,10 +395,11 @@ def test_lowering_inside_shard_map_and_vmap():
     gradient = lambda function: jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32)), (0, 5))  # noqa: E731
     axes = (None,) * 5 + (0, None)
     stacked = (*args[:5], jax.tree.map(lambda x: struct(2, *x.shape), params), norm)
-    for function, arguments in ((gradient(sharded), args), (jax.vmap(gradient(out), axes), stacked)):
-        with use_abstract_mesh(mesh):
-            text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("ttt_linear_") >= 2
+    forms = {"shard_map": (gradient(sharded), args), "vmap": (jax.vmap(gradient(out), axes), stacked)}
+    function, arguments = forms[form]
+    with use_abstract_mesh(mesh):
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("ttt_linear_") >= 2
 
 
 def test_newton_schulz_lowers_inside_shard_map_and_vmap():

@@ -68,7 +68,7 @@ def ttt_inputs(mlp, N, L, f, K, dtype):
     return (*tokens, eta_pos, gate, params, *norm), (normal(20, N, L, f, dtype=dtype), d_params)
 
 
-@pytest.mark.parametrize("mlp", [False, True])
+@pytest.mark.parametrize("mlp", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dual_form(mlp, tpu):
     """Nine heads need two programs of eight; three mini-batches in groups of two end with an empty one."""
     N, L, f, K, group = 9, 48, 8, 16, 2
@@ -161,6 +161,7 @@ def test_lact(tpu):
     check_lact(dict(tile=16, interpret=tpu), N=2, C=40, d=8, h=256)
 
 
+@pytest.mark.slow  # lowered by default, and the dual form's kernel runs in it
 def test_lact_in_bfloat16():
     check_lact(dict(interpret=True), jnp.bfloat16, N=2, C=40, d=24, h=16)
 
@@ -205,8 +206,8 @@ def test_golden_lact():
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        *(pytest.param(kind, jnp.bfloat16, marks=[pytest.mark.slow] * (kind in KINDS[2:4])) for kind in KINDS),
-        ("TPU v4", jnp.float32),
+        *(pytest.param(kind, jnp.bfloat16, marks=[pytest.mark.slow] * (kind in KINDS[1:4])) for kind in KINDS),
+        pytest.param("TPU v4", jnp.float32, marks=pytest.mark.slow),  # as `test_lowers_inside_shard_map`
     ],
 )
 def test_lowers(kind, dtype):

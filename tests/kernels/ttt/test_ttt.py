@@ -50,14 +50,20 @@ def close(actual, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
-# Shorter than a mini-batch, where both kinds are one tail; a group of four, one mini-batch and a tail.
+# Shorter than a mini-batch, where both kinds are one tail; two groups of two or one of four, one mini-batch and a tail.
+# TTT-MLP has golden gradients, and finite differences with a tail.
 @pytest.mark.parametrize(
-    ("kind", "length"), [("linear", 3), pytest.param("mlp", 3, marks=pytest.mark.slow), ("linear", 22), ("mlp", 22)]
+    ("kind", "length", "group"),
+    [
+        ("linear", 3, None),
+        ("linear", 22, 2),
+        *(pytest.param(*x, None, marks=pytest.mark.slow) for x in (("mlp", 3), ("linear", 22), ("mlp", 22))),
+    ],
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_dual_is_primal(kind, implementation, length):
+def test_dual_is_primal(kind, implementation, length, group):
     arguments, scan = inputs(kind, length), SCANS[kind]
-    dual = value_and_grad(partial(scan, mini_batch=K, implementation=implementation), arguments)
+    dual = value_and_grad(partial(scan, mini_batch=K, checkpoint_every=group, implementation=implementation), arguments)
     close(dual, value_and_grad(partial(scan, mini_batch=K, form="primal"), arguments), 2e-5)
 
 
@@ -97,7 +103,7 @@ def test_primal_is_its_recurrence(kind):
     np.testing.assert_allclose(out, expected, atol=2e-5, rtol=2e-5)
 
 
-@kinds
+@pytest.mark.parametrize("kind", [pytest.param("linear", marks=pytest.mark.slow), "mlp"])  # see `test_dual_is_primal`
 def test_gradients_are_finite_differences(kind):
     with jax.enable_x64(True):
         arguments = inputs(kind, 2 * K + 1, rows=1, dtype=jnp.float64)
@@ -118,7 +124,8 @@ def test_no_token_sees_a_later_one(kind):
         assert not np.allclose(other[:, :, t], out[:, :, t])
 
 
-@kinds
+# The two models share their loops over mini-batches.
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_a_stream_goes_on_at_mini_batches(kind):
     q, k, v, eta_pos, gate, params, ln = inputs(kind, 14)
     run = partial(PROGRAMS[kind], mini_batch=K)
@@ -146,8 +153,8 @@ def test_checkpoints_keep_less(kind):
     assert kept(1) - kept(3) == 5 * state  # eight states or three
 
 
-# The two models share their loops over checkpoints.
-@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
+@pytest.mark.slow  # `test_dual_is_primal` has two groups, and finite differences groups of one
+@kinds
 def test_checkpoints_change_no_gradient(kind):
     """In float64: the gradient of `eta_pos` is a sum that cancels, and the two programs add in different orders."""
 
@@ -212,10 +219,17 @@ def test_dual_never_forms_the_weights_of_a_token(kind):
 @pytest.mark.parametrize("length", [2 * K, pytest.param(2 * K + 1, marks=pytest.mark.slow)])
 def test_vmap_and_shard_map(kind, length):
     arguments = inputs(kind, length, rows=4)
-    run = partial(SCANS[kind], mini_batch=K)
+    run = partial(SCANS[kind], mini_batch=K, checkpoint_every=1)
     gradient = jax.grad(lambda *a: loss(run, a), argnums=range(7), has_aux=True)
     alone = jax.jit(lambda *a: gradient(*a)[::-1])
     expected = alone(*arguments)
+    # A sweep over initial weights and rates by position.
+    several = list(arguments)
+    several[3], several[5] = np.stack([arguments[3], 2 * arguments[3]]), tuple(np.stack([x, -x]) for x in arguments[5])
+    several, axes = tuple(several), (None, None, None, 0, None, 0, None)
+    other = alone(
+        *(a if axis is None else jax.tree.map(lambda x: x[1], a) for a, axis in zip(several, axes, strict=True))
+    )
     mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(4, 2), ("batch", "heads"))
     tokens, heads = P("batch", "heads"), P("heads")
     weigh = lambda a: jnp.sum(a * jnp.cos(jnp.arange(a.size)).reshape(a.shape))  # noqa: E731
@@ -230,21 +244,20 @@ def test_vmap_and_shard_map(kind, length):
         d, out = jax.grad(weighed, has_aux=True)(arguments)
         return out, d  # summed over the devices that share an argument
 
-    specs = (tokens, tokens, tokens, P(), tokens, jax.tree.map(lambda _: heads, arguments[5]), (heads, heads))
+    specs = (tokens, tokens, tokens, P(), tokens, (heads,) * len(arguments[5]), (heads, heads))
+    after = lambda spec: P(None, *spec)  # noqa: E731
+    in_specs = [after(x) if axis == 0 else x for x, axis in zip(specs[:5], axes, strict=False)]
+    in_specs = (*in_specs, tuple(map(after, specs[5])), specs[6])
     outputs = jax.tree.map(lambda _: tokens, expected[0])
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(specs, outputs), out_specs=(outputs, specs))
-    close(jax.jit(sharded)(arguments, weights), expected, 1e-5)
-
-    # A sweep over initial weights and rates by position.
-    several = (np.stack([arguments[3], 2 * arguments[3]]), jax.tree.map(lambda x: np.stack([x, -x]), arguments[5]))
-    with_these = lambda f: lambda eta, w: f(*arguments[:3], eta, arguments[4], w, arguments[6])  # noqa: E731
-    together, _ = jax.jit(jax.vmap(with_these(gradient)))(*several)
-    close(jax.tree.map(lambda x: x[0], together), expected[1], 1e-5)
-    _, other = with_these(alone)(*jax.tree.map(lambda x: x[1], several))
+    out_specs = jax.tree.map(after, (outputs, specs), is_leaf=lambda x: isinstance(x, P))
+    sweep = jax.vmap(local, in_axes=(axes, None))
+    sharded = jax.shard_map(sweep, mesh=mesh, in_specs=(in_specs, outputs), out_specs=out_specs)
+    together = jax.jit(sharded)(several, weights)
+    close(jax.tree.map(lambda x: x[0], together), expected, 1e-5)
     close(jax.tree.map(lambda x: x[1], together), other, 1e-5)
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_narrow_tokens_keep_wide_weights(kind):
     arguments = inputs(kind, 3 * K)
     narrow = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), arguments)
