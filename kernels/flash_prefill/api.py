@@ -531,7 +531,8 @@ def packed_energy(
     """V2's energies of each tile of packed rows and mean key, float32 `[HK, T, n]`; no gradient (arXiv 2608.19758).
 
     A block is scored if the tile's last row sees it whole; of its rows, those that see the block's first token count.
-    The sums make up for what float32 rounds `max` by, so that `score` is exact to 1e-6 of each block.
+    The sums make up for what float32 rounds `max` by: the relative error of a block's `score` is that of the products,
+    1e-6 for logits up to 5 and 1e-5 for logits of 60 (float32; narrower tokens are rounded by more).
 
     Args:
       q: `[S, HQ, D]`; kbar: `[n, HK, D]` of all keys, from `mean_pool` at cfg.block_size.

@@ -82,7 +82,8 @@ def product_in_parts(equation: str, q, kbar):
     D = q.shape[-1]
     width = min(PART_WIDTH, -(-D // PARTS))
     parts = [product(equation, q[..., at : at + width], kbar[..., at : at + width]) for at in range(0, D, width)]
-    return exact_sum(parts)
+    # Computed once: a fusion that forms x again, by a fused multiply-add, would not find its own largest.
+    return jax.lax.optimization_barrier(exact_sum(parts))
 
 
 def exact_sum(parts):
@@ -101,6 +102,7 @@ def below_top(x, low, axis: int):
     if low is None:
         return x - top, top, jnp.zeros_like(top)
     rest = jnp.max(jnp.where(x == top, low, NEVER), axis=axis, keepdims=True)
+    rest = jnp.where(rest > NEVER, rest, 0)
     return (x - top) + (low - rest), top, rest
 
 
@@ -111,7 +113,7 @@ def energy_in_bits(total, top, rest, *, scale, rule):
     largest max and their own were rounded by. v1's stay sums relative to x.
     """
     seen, to_bits = top > NEVER, scale * LOG2_E
-    bits = jnp.where(seen, top * to_bits + rest * to_bits, NEVER)
+    bits = jax.lax.optimization_barrier(jnp.where(seen, top * to_bits + rest * to_bits, NEVER))
     if rule == "first":
         best = jnp.argmax(bits, axis=-1, keepdims=True)
         top, rest, rounded = (x - jnp.take_along_axis(x, best, axis=-1) for x in (top, rest, bits))

@@ -21,7 +21,7 @@ class BlockEnergy(NamedTuple):
     """What a tile's rows give a mean key: `sum` of 2^(x - max), and `max` of x over the rows that see the block.
 
     x = scale * log2(e) * <q, mean key>; `max` is -inf and `sum` 0 where no row sees the block. `[H, T, n]`,
-    float32 at least.
+    float32 at least. V2's sums make up for the rounding of `max`, see `packed_energy`.
     """
 
     sum: jax.Array

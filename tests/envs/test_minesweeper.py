@@ -240,7 +240,6 @@ def test_an_episode_begins_with_a_cascade_and_something_left_to_do(options, lone
     assert alone.mean() > lone and (codes[alone] == HIDDEN).any(0).all()
 
 
-@pytest.mark.slow  # by default the rules agree with those in plain Python, and do not read hidden mines
 def test_what_is_proven_holds_on_every_board_that_shows_the_same_numbers():
     """All 2**16 sets of mines on 4 x 4 cells, by brute force; the rules may miss proofs, but few."""
     begun, _, deduced, _, state, _, deduction = play(minesweeper(4, 4, 3), 60, 0.8)
@@ -279,7 +278,7 @@ def test_the_lesson_never_reads_hidden_mines(played):
     assert lessons[0].tolist() == [PROVEN_SAFE, TWO_NUMBERS]
 
 
-@pytest.mark.slow  # half of the play that agrees with plain Python is the expert's
+@pytest.mark.slow  # how often it wins; half of the play that agrees with plain Python is its own
 @pytest.mark.parametrize("name, reward, least", [("paper", "sparse", 0.9), ("classic", "shaped", 0.75)])
 def test_the_expert(name, reward, least):
     environment = minesweeper(**LEVELS[name], reward=reward)

@@ -269,7 +269,7 @@ def test_staleness_samples_from_the_past():
         assert (states.past["logits"][row, :, 0] != states.past["logits"][row, :, 1]).any()
 
 
-@pytest.mark.slow  # harness/test_devices.py moves such a model between meshes; above one runs on a mesh
+@pytest.mark.slow  # by default one runs on a mesh above, and harness/test_devices.py compares a supervised update
 def test_sharding_does_not_change_an_update():
     """A language model's update on eight devices (data, fsdp, tensor) equals the one on one device."""
     _, model = tiny_lm()

@@ -388,8 +388,10 @@ def test_buckets_without_a_signal_are_counted():
     np.testing.assert_allclose(told["advantage variance"], 2 / 3)
 
 
-@pytest.mark.slow  # the part chat trains by default, see `trained`
-@pytest.mark.parametrize("bench", ["household", "shop", "minesweeper", "sokoban"])
+@pytest.mark.parametrize(
+    "bench",
+    ["household", *(pytest.param(bench, marks=pytest.mark.slow) for bench in ("shop", "minesweeper", "sokoban"))],
+)
 def test_agents_train_and_are_watched(bench):
     config = dataclasses.replace(
         TINY, part="agents", bench=bench, tasks=2, group=3, horizon=6, num_first=4, num_second=3, updates=1, chunk=1,

@@ -103,7 +103,7 @@ def hybrid(number):
 
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("select", SELECTIONS)
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow), 2])  # with a bound, and without
+@pytest.mark.parametrize("number", range(3))
 def test_hybrid_loss(number, select, subset):
     c = case_of(f"hybrid{number}")
     name, mask = f"{select}_{subset}_", c["mask"]

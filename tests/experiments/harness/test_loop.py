@@ -87,7 +87,7 @@ def train(tmp_path, name, *, stop_at=None, program=None, **changes):
     program, executables = default_program() if program is None else (program, None)
 
     def watch(update, train, held_out):
-        if update == stop_at:
+        if stop_at is not None and update >= stop_at:
             raise RuntimeError("crash")
         return False
 

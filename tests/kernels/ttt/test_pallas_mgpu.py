@@ -156,7 +156,7 @@ def test_gelu_and_its_derivatives():
     ],
 )
 def test_combine_interpreted(rows, inner, columns, turned, symmetric):
-    """Sums of products: more steps than slots, columns that 128 does not divide, tiles above the diagonal."""
+    """Sums of products: more steps than slots; columns that 128 does not divide; tiles above the diagonal."""
     a, b = (normal(i, 2, rows, inner, dtype=jnp.bfloat16) for i in range(2))
     c, d = (a.mT, b.mT) if symmetric else (normal(i, 2, inner, columns, dtype=jnp.bfloat16) for i in (2, 3))
     terms = [(a, d), (b, c)] if symmetric else [(a, c), (b, d)]
@@ -201,7 +201,6 @@ def test_what_stays_on_chip():
 
 
 @needs_interpreter
-@pytest.mark.slow  # by default the kernels are lowered, their epilogues are tested, and TTT-Linear's are interpreted
 def test_lact_interpreted():
     check_lact(interpreted)
 
@@ -226,7 +225,7 @@ def test_ttt_linear_shapes_interpreted(K, n, group, N):
 
 
 @needs_interpreter
-@pytest.mark.slow  # the same
+@pytest.mark.slow  # by default its kernels are lowered, and TTT-Linear's are interpreted
 def test_ttt_mlp_interpreted():
     check_ttt(interpreted, K=16, n=3, group=2, units=256, dtype=jnp.float16)  # a group is learnt again, one is short
 
