@@ -204,8 +204,8 @@ def energy(q, kbar, offset, length, *, tile, scale, rule, **static):
         return jax.lax.fori_loop(0, -(-limit.max() // wide), step, tuple(start))
 
     results = jax.lax.map(of_group, jnp.arange(H * groups, dtype=jnp.int32))
-    parts_of_it = (x.reshape(H, groups * high, chunks * wide)[:, :T, :n] for x in results)
-    return energy_in_bits(*parts_of_it, scale=scale, rule=rule)
+    whole = (x.reshape(H, groups * high, chunks * wide)[:, :T, :n] for x in results)
+    return energy_in_bits(*whole, scale=scale, rule=rule)
 
 
 def row_energy(q, kbar, offset, length, *, tile, scale, **static):
